@@ -1,0 +1,193 @@
+//! Expiries on their way to Redis: queued in memory until L2 is expired and the notice is in the log.
+//!
+//! One task delivers, all that is queued at a time; callers wait for their own. Invariants: C4, an expiry counts as
+//! delivered only after both; C7, what was queued stays queued until then, however long Redis is away, and until then
+//! this instance does not trust what Redis says about those keys.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::{
+    sync::{Notify, watch},
+    time::{sleep, timeout},
+};
+
+use super::{Inner, Key, Remote, log::Scope};
+
+/// Keys remembered while Redis is away; more become "everything". A key costs about 50 bytes.
+const MOST_QUEUED: usize = 100_000;
+/// Keys per round trip: bounds one pipeline and one notice.
+const BATCH: usize = 5_000;
+/// Pauses between two attempts: an error that is not a lost connection (which has its own pauses) must not spin.
+const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
+
+/// What waits to be told to Redis, one item per key.
+#[derive(Default)]
+pub(super) struct Queue {
+    state: Mutex<State>,
+    added: Notify,
+    /// Number of the last addition that was delivered.
+    delivered: watch::Sender<u64>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Each key with the number of the latest addition that named it.
+    keys: HashMap<Key, u64>,
+    everything: Option<u64>,
+    last: u64,
+}
+
+impl State {
+    fn has(&self, key: &Key) -> bool {
+        self.everything.is_some() || self.keys.contains_key(key)
+    }
+}
+
+impl Queue {
+    /// Adds an expiry; returns its number.
+    pub(super) fn add(&self, scope: &Scope) -> u64 {
+        let mut state = self.state();
+        state.last += 1;
+        let number = state.last;
+        match scope {
+            Scope::Keys(keys) => state.keys.extend(keys.iter().map(|key| (*key, number))),
+            Scope::Everything => state.everything = Some(number),
+        }
+        if state.keys.len() > MOST_QUEUED {
+            state.everything = Some(number);
+        }
+        if state.everything.is_some() {
+            state.keys.clear();
+        }
+        drop(state);
+        self.added.notify_one();
+        number
+    }
+
+    /// Waits until this addition is delivered.
+    pub(super) async fn delivered(&self, number: u64) {
+        // The sender lives as long as the queue.
+        let _ = self.delivered.subscribe().wait_for(|delivered| *delivered >= number).await;
+    }
+
+    /// Whether Redis may still hold as fresh what this instance knows to be expired.
+    pub(super) fn has(&self, key: &Key) -> bool {
+        self.state().has(key)
+    }
+
+    /// Keys waiting, and whether everything is.
+    pub(super) fn len(&self) -> (usize, bool) {
+        let state = self.state();
+        (state.keys.len(), state.everything.is_some())
+    }
+
+    /// Up to a batch of what waits, with the number of the latest addition; `None` if nothing does.
+    fn next(&self) -> Option<(Scope, u64)> {
+        let state = self.state();
+        if state.everything.is_some() {
+            return Some((Scope::Everything, state.last));
+        }
+        let keys: Vec<_> = state.keys.keys().take(BATCH).copied().collect();
+        (!keys.is_empty()).then_some((Scope::Keys(keys), state.last))
+    }
+
+    /// Takes out what was delivered unless it was added again since, and tells the callers whose all is delivered.
+    fn remove(&self, scope: &Scope, up_to: u64) {
+        let mut state = self.state();
+        match scope {
+            Scope::Everything => state.everything = state.everything.filter(|number| *number > up_to),
+            Scope::Keys(keys) => {
+                for key in keys {
+                    if state.keys.get(key).is_some_and(|number| *number <= up_to) {
+                        state.keys.remove(key);
+                    }
+                }
+            }
+        }
+        let oldest = state.keys.values().copied().chain(state.everything).min();
+        let delivered = oldest.map_or(state.last, |oldest| oldest - 1);
+        drop(state);
+        self.delivered.send_if_modified(|last| delivered > std::mem::replace(last, delivered.max(*last)));
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Delivers for ever.
+pub(super) async fn deliver(cache: Arc<Inner>) {
+    let Some(remote) = &cache.shared else { return std::future::pending().await };
+    let (shortest, longest) = RETRY_PAUSE;
+    let mut pause = shortest;
+    loop {
+        let Some((scope, number)) = cache.queue.next() else {
+            cache.queue.added.notified().await;
+            continue;
+        };
+        match attempt(remote, &scope).await {
+            Ok(()) => {
+                // Fills from what Redis held until now came in meanwhile; from now on it holds nothing older.
+                cache.expire_here(&scope);
+                cache.queue.remove(&scope, number);
+                pause = shortest;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "redis: an expiry is not delivered yet, trying on");
+                let _ = timeout(longest, remote.redis.connected()).await;
+                sleep(pause).await;
+                pause = (pause * 2).min(longest);
+            }
+        }
+    }
+}
+
+async fn attempt(remote: &Remote, scope: &Scope) -> Result<(), crate::redis::Error> {
+    let expiries = match scope {
+        Scope::Keys(keys) => keys.iter().map(|key| remote.l2.expire(key)).collect(),
+        // The notice itself raises the floor, below which everything in Redis is stale.
+        Scope::Everything => Vec::new(),
+    };
+    remote.log.append(expiries, scope).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: Key = Key::new("product", 1);
+    const B: Key = Key::new("product", 2);
+
+    #[tokio::test]
+    async fn an_addition_is_delivered_when_the_last_of_its_keys_is_gone() {
+        let queue = Queue::default();
+        let first = queue.add(&Scope::Keys(vec![A, B]));
+        queue.remove(&Scope::Keys(vec![A]), first);
+        assert!(*queue.delivered.borrow() < first, "B still waits");
+        queue.remove(&Scope::Keys(vec![B]), first);
+        queue.delivered(first).await;
+    }
+
+    #[test]
+    fn a_key_added_again_while_it_is_delivered_stays() {
+        let queue = Queue::default();
+        let first = queue.add(&Scope::Keys(vec![A]));
+        let (scope, up_to) = queue.next().expect("A waits");
+        let second = queue.add(&Scope::Keys(vec![A]));
+        queue.remove(&scope, up_to);
+        assert!(queue.has(&A) && !queue.has(&B));
+        assert!(*queue.delivered.borrow() >= first && *queue.delivered.borrow() < second);
+    }
+
+    #[test]
+    fn too_many_keys_become_everything_and_nothing_is_forgotten() {
+        let queue = Queue::default();
+        queue.add(&Scope::Keys((0..=MOST_QUEUED as i64).map(|id| Key::new("product", id)).collect()));
+        assert_eq!(queue.len(), (0, true));
+        assert!(queue.has(&A) && queue.has(&Key::new("product", i64::MAX)));
+    }
+}

@@ -1,0 +1,232 @@
+//! L2: entries and leases in Redis, one hash per key, changed only by single-key commands and single-key scripts.
+//!
+//! Hash fields: `b` envelope, `l` when its load began, `f` fresh until, `t` lease token, `u` lease until, `a` when the
+//! leased load began; all times are Redis' own milliseconds, so instances' clocks never meet. Invariant (C3): `b` is
+//! written only by the holder of the current lease, and expiring takes `f` and the lease away in one step.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use redis::{Cmd, RedisError, Value};
+
+use super::{Key, entry};
+use crate::{
+    config,
+    redis::{Error, Lua, Redis},
+};
+
+/// Fresh → the envelope. Leased by somebody → wait. Else the lease is the caller's. One round trip, atomic.
+const READ_OR_LEASE: &str = r"
+local token, lease, max_age, floor, want_stale = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
+local v = redis.call('HMGET', KEYS[1], 'b', 'l', 'f', 't', 'u')
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local age = now - tonumber(v[2] or now)
+if v[1] and v[3] and now < tonumber(v[3]) and now - age >= floor and (max_age < 0 or age < max_age) then
+  return {'fresh', age, tonumber(v[3]) - now, v[1]}
+end
+local stale = want_stale == '1' and v[1] or ''
+if v[4] and now < tonumber(v[5]) then return {'leased', age, 0, stale} end
+redis.call('HSET', KEYS[1], 't', token, 'u', now + lease, 'a', now)
+if redis.call('PTTL', KEYS[1]) < lease then redis.call('PEXPIRE', KEYS[1], lease) end
+return {'yours', age, 0, stale}
+";
+
+/// Stores an envelope if the caller's lease is still the current one.
+const FILL: &str = r"
+local v = redis.call('HMGET', KEYS[1], 't', 'a')
+if v[1] ~= ARGV[1] then return 0 end
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+redis.call('HDEL', KEYS[1], 't', 'u', 'a')
+redis.call('HSET', KEYS[1], 'b', ARGV[2], 'l', v[2], 'f', now + tonumber(ARGV[3]))
+redis.call('PEXPIRE', KEYS[1], ARGV[4])
+return 1
+";
+
+/// Gives a lease back without storing anything.
+const RELEASE: &str = r"
+if redis.call('HGET', KEYS[1], 't') ~= ARGV[1] then return 0 end
+return redis.call('HDEL', KEYS[1], 't', 'u', 'a')
+";
+
+/// The right to load a key for the whole cluster: proves to Redis that no expiry came since it was given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Token(String);
+
+impl Token {
+    /// 128 random bits: two instances never draw the same.
+    fn draw() -> Self {
+        Self(format!("{:032x}", rand::random::<u128>()))
+    }
+}
+
+/// An entry as Redis has it.
+pub(super) struct Copy {
+    pub(super) entry: entry::Entry,
+    /// Since its load began.
+    pub(super) age: Duration,
+    /// How long it is still fresh; zero for a stale one.
+    pub(super) left: Duration,
+}
+
+/// What Redis says about a key.
+pub(super) enum Read {
+    /// Usable.
+    Fresh(Copy),
+    /// Another instance is loading it.
+    Leased(Option<Copy>),
+    /// The caller is to load it.
+    Yours(Token, Option<Copy>),
+}
+
+/// What became of a fill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Filled {
+    /// It is in Redis.
+    Stored,
+    /// The lease was revoked or ran out: the value may be older than an expiry.
+    Revoked,
+    /// Redis did not say.
+    Unknown,
+}
+
+/// Something to store under a lease.
+pub(super) struct Fill<'a> {
+    pub(super) key: Key,
+    pub(super) token: &'a Token,
+    pub(super) entry: &'a entry::Entry,
+    pub(super) fresh: Duration,
+    /// How long the copy stays for fail-safe, counted from now.
+    pub(super) keep: Duration,
+}
+
+pub(super) struct L2 {
+    redis: Redis,
+    prefix: String,
+    lease: Duration,
+    read_or_lease: Lua,
+    fill: Lua,
+    release: Lua,
+}
+
+impl L2 {
+    pub(super) fn new(redis: Redis, config: &config::Redis, lease: Duration) -> Self {
+        Self {
+            redis,
+            prefix: config.prefix.clone(),
+            lease,
+            read_or_lease: Lua::new(READ_OR_LEASE),
+            fill: Lua::new(FILL),
+            release: Lua::new(RELEASE),
+        }
+    }
+
+    /// Reads or leases all keys in one round trip. `max_age` accepts only younger entries; `floor_ms` (Redis' clock)
+    /// only those whose load began later; stale copies come along if `want_stale`.
+    pub(super) async fn read_or_lease(
+        &self,
+        keys: &[Key],
+        max_age: Option<Duration>,
+        floor_ms: u64,
+        want_stale: bool,
+    ) -> Result<Vec<Read>, Error> {
+        let reads = self.try_read_or_lease(keys, max_age, floor_ms, want_stale, false).await?;
+        let damaged: Vec<_> = keys.iter().zip(&reads).filter(|(_, read)| read.is_none()).map(|(key, _)| *key).collect();
+        if damaged.is_empty() {
+            return Ok(reads.into_iter().flatten().collect());
+        }
+        // Once more for those, expiring them first so that they can be leased.
+        let mut again = self.try_read_or_lease(&damaged, max_age, floor_ms, want_stale, true).await?.into_iter();
+        let repaired = reads.into_iter().map(|read| read.or_else(|| again.next().flatten()));
+        Ok(repaired.map(|read| read.unwrap_or(Read::Leased(None))).collect())
+    }
+
+    /// `None` for a key whose fresh envelope is damaged or of another version.
+    async fn try_read_or_lease(
+        &self,
+        keys: &[Key],
+        max_age: Option<Duration>,
+        floor_ms: u64,
+        want_stale: bool,
+        expire_first: bool,
+    ) -> Result<Vec<Option<Read>>, Error> {
+        let tokens: Vec<_> = keys.iter().map(|_| Token::draw()).collect();
+        let max_age_ms = max_age.map_or(-1, |age| i64::try_from(age.as_millis()).unwrap_or(i64::MAX));
+        if expire_first {
+            self.redis.send(&keys.iter().map(|key| self.expire(key)).collect::<Vec<_>>()).await?;
+        }
+        let calls = keys.iter().zip(&tokens).map(|(key, token)| {
+            let mut call = self.read_or_lease.call(&self.name(key));
+            call.arg(&token.0).arg(self.lease.as_millis() as u64).arg(max_age_ms).arg(floor_ms);
+            call.arg(u8::from(want_stale));
+            call
+        });
+        let replies = self.redis.send_script(&self.read_or_lease, calls.collect()).await?;
+        keys.iter().zip(tokens).zip(replies).map(|((key, token), reply)| read(key, token, reply?)).collect()
+    }
+
+    /// Stores loaded entries in one round trip.
+    pub(super) async fn fill(&self, fills: &[Fill<'_>]) -> Vec<Filled> {
+        let calls = fills.iter().map(|fill| {
+            let mut call = self.fill.call(&self.name(&fill.key));
+            call.arg(&fill.token.0).arg(&entry::encode(&fill.key, fill.entry)[..]);
+            call.arg(fill.fresh.as_millis() as u64).arg(fill.keep.as_millis() as u64);
+            call
+        });
+        match self.redis.send_script(&self.fill, calls.collect()).await {
+            Err(_) => vec![Filled::Unknown; fills.len()],
+            Ok(replies) => replies
+                .into_iter()
+                .map(|reply| match reply {
+                    Ok(Value::Int(1)) => Filled::Stored,
+                    Ok(_) => Filled::Revoked,
+                    Err(_) => Filled::Unknown,
+                })
+                .collect(),
+        }
+    }
+
+    /// Gives leases back, so that others need not wait for them to run out. Best effort: they do run out.
+    pub(super) async fn release<'a>(&self, leases: impl Iterator<Item = (Key, &'a Token)>) {
+        let calls: Vec<_> = leases
+            .map(|(key, token)| {
+                let mut call = self.release.call(&self.name(&key));
+                call.arg(&token.0);
+                call
+            })
+            .collect();
+        if !calls.is_empty() {
+            let _ = self.redis.send_script(&self.release, calls).await;
+        }
+    }
+
+    /// The command that expires a key: what is fresh becomes stale and a lease is revoked, in one step; the old copy
+    /// stays for fail-safe.
+    pub(super) fn expire(&self, key: &Key) -> Cmd {
+        let mut command = redis::cmd("HDEL");
+        command.arg(self.name(key)).arg(&["f", "t", "u", "a"]);
+        command
+    }
+
+    fn name(&self, key: &Key) -> String {
+        format!("{}:{key}", self.prefix)
+    }
+}
+
+/// What a reply says; `None` if it is a fresh envelope that cannot be used.
+fn read(key: &Key, token: Token, reply: Value) -> Result<Option<Read>, Error> {
+    let (state, age_ms, left_ms, envelope): (String, u64, u64, Vec<u8>) =
+        redis::from_redis_value(reply).map_err(RedisError::from)?;
+    let copy = entry::decode(key, Bytes::from(envelope)).map(|entry| Copy {
+        entry,
+        age: Duration::from_millis(age_ms),
+        left: Duration::from_millis(left_ms),
+    });
+    Ok(match state.as_str() {
+        "fresh" => copy.map(Read::Fresh),
+        "yours" => Some(Read::Yours(token, copy)),
+        _ => Some(Read::Leased(copy)),
+    })
+}

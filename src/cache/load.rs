@@ -1,0 +1,183 @@
+//! The way of a flight: Redis, else the lease, else another instance's load, else the database; then the fill.
+//!
+//! Runs apart from the readers, so that a client that goes away ends nothing. Takes one key or a batch alike: one
+//! round trip to Redis and one query for all of them. Invariants: C2 and the Redis half of C3; S1, whatever Redis does
+//! costs time but never the answer.
+
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+
+use futures_util::FutureExt;
+
+use tokio::time::{Instant, sleep, timeout};
+
+use super::{
+    Entry, Failure, How, Inner, Key, Level, Load,
+    l2::{Copy, Fill, Filled, L2, Read, Token},
+    memory::{Guard, Stored, span},
+};
+
+/// Pauses between two looks at another instance's load: a load takes a few milliseconds, so the first looks are
+/// close; each costs Redis one command.
+const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(25));
+
+/// A flight on its way.
+struct Under {
+    guard: Guard,
+    /// The right to fill Redis; without it only memory is filled.
+    token: Option<Token>,
+    stale: Option<Arc<Stored>>,
+}
+
+impl Under {
+    fn new(guard: Guard) -> Self {
+        Self { guard, token: None, stale: None }
+    }
+}
+
+/// Ends every one of these flights.
+pub(super) async fn run(cache: Arc<Inner>, guards: Vec<Guard>, load: Load) {
+    let (shared, local): (Vec<_>, Vec<_>) =
+        guards.into_iter().map(Under::new).partition(|under| cache.trusts_redis_with(&under.guard.key));
+    match &cache.shared {
+        Some(remote) if !shared.is_empty() => {
+            let (ours, theirs) = look(&cache, &remote.l2, shared, true).await;
+            let load_theirs = async {
+                let late = wait(&cache, &remote.l2, theirs).await;
+                load_all(&cache, late, &load).await;
+            };
+            tokio::join!(load_all(&cache, ours, &load), load_theirs, load_all(&cache, local, &load));
+        }
+        _ => load_all(&cache, shared.into_iter().chain(local).collect(), &load).await,
+    }
+}
+
+/// Asks Redis once: ends what is fresh there; returns what is to be loaded, and what others are loading.
+async fn look(cache: &Arc<Inner>, l2: &L2, flights: Vec<Under>, want_stale: bool) -> (Vec<Under>, Vec<Under>) {
+    let keys: Vec<_> = flights.iter().map(|under| under.guard.key).collect();
+    let max_age = flights.first().and_then(|under| under.guard.flight.max_age);
+    let sent = cache.memory.now();
+    let reads = match l2.read_or_lease(&keys, max_age, cache.floor_ms(), want_stale).await {
+        Ok(reads) => reads,
+        Err(_) => return (flights, Vec::new()), // the pool has logged why
+    };
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for (mut under, read) in flights.into_iter().zip(reads) {
+        let keep = |copy: Option<Copy>| copy.map(|copy| cache.memory.stale_copy(copy.entry, copy.age));
+        match read {
+            Read::Fresh(copy) => {
+                // Redis counts whole milliseconds, so its entry is up to one older than it says.
+                let born = sent - span(copy.age + Duration::from_millis(1));
+                let longest = duration_of(&copy.entry, cache.config.l1_duration, cache);
+                let stored = cache.memory.stored(copy.entry, born, copy.left.min(longest), &under.guard.flight);
+                under.guard.land(stored, How::hit(Level::Redis), true, false);
+            }
+            Read::Yours(token, stale) => {
+                under.token = Some(token);
+                under.stale = keep(stale).or(under.stale);
+                ours.push(under);
+            }
+            Read::Leased(stale) => {
+                under.stale = keep(stale).or(under.stale);
+                theirs.push(under);
+            }
+        }
+    }
+    (ours, theirs)
+}
+
+/// Waits for other instances' loads; returns what is to be loaded after all: the lease came free, or nobody delivered.
+async fn wait(cache: &Arc<Inner>, l2: &L2, mut theirs: Vec<Under>) -> Vec<Under> {
+    let deadline = Instant::now() + cache.config.lease_wait;
+    let mut late = Vec::new();
+    let (mut pause, longest) = LOOK_AGAIN;
+    while !theirs.is_empty() && Instant::now() < deadline {
+        sleep(pause).await;
+        pause = (pause * 2).min(longest);
+        let (ours, still) = look(cache, l2, theirs, false).await;
+        late.extend(ours);
+        theirs = still;
+    }
+    late.extend(theirs);
+    late
+}
+
+/// Loads all of these in one query and ends their flights.
+async fn load_all(cache: &Arc<Inner>, flights: Vec<Under>, load: &Load) {
+    if flights.is_empty() {
+        return;
+    }
+    let born = cache.memory.now();
+    let keys: Vec<_> = flights.iter().map(|under| under.guard.key).collect();
+    let attempt = AssertUnwindSafe(async { load(keys).await }).catch_unwind();
+    let entries = match timeout(cache.config.hard_timeout, attempt).await {
+        Ok(Ok(Ok(entries))) => entries,
+        Ok(Ok(Err(failure))) => return fail_all(cache, flights, failure).await,
+        Ok(Err(_panic)) => return fail_all(cache, flights, Failure::Broken("the load panicked".to_owned())).await,
+        Err(_) => {
+            let message = format!("the load took longer than {} ms", cache.config.hard_timeout.as_millis());
+            return fail_all(cache, flights, Failure::Unavailable(message)).await;
+        }
+    };
+    let mut found: std::collections::HashMap<Key, Entry> = entries.into_iter().collect();
+    let loaded = flights.into_iter().map(|under| {
+        let entry = found.remove(&under.guard.key).unwrap_or(Entry::Absent);
+        (under, entry)
+    });
+    fill_all(cache, loaded.collect(), born).await;
+}
+
+/// Offers the loaded entries to Redis, then to memory, and answers the readers.
+async fn fill_all(cache: &Arc<Inner>, loaded: Vec<(Under, Entry)>, born: i64) {
+    let mut filled = vec![Filled::Unknown; loaded.len()];
+    if let Some(remote) = &cache.shared {
+        let storable = |under: &Under, entry: &Entry| under.token.is_some() && cache.memory.accepts(entry);
+        let (indices, fills): (Vec<_>, Vec<_>) = loaded
+            .iter()
+            .enumerate()
+            .filter(|(_, (under, entry))| storable(under, entry))
+            .filter_map(|(index, (under, entry))| {
+                let token = under.token.as_ref()?;
+                let fresh = duration_of(entry, cache.config.l2_duration, cache);
+                let keep = match entry {
+                    Entry::Found(_) => fresh + cache.config.fail_safe_max,
+                    Entry::Absent => fresh,
+                };
+                Some((index, Fill { key: under.guard.key, token, entry, fresh, keep }))
+            })
+            .unzip();
+        if !fills.is_empty() {
+            for (index, outcome) in indices.into_iter().zip(remote.l2.fill(&fills).await) {
+                filled[index] = outcome;
+            }
+        }
+        let refused = loaded.iter().filter(|(under, entry)| !storable(under, entry));
+        remote.l2.release(refused.filter_map(|(under, _)| Some((under.guard.key, under.token.as_ref()?)))).await;
+    }
+    for ((under, entry), filled) in loaded.into_iter().zip(filled) {
+        let fresh = duration_of(&entry, cache.config.l1_duration, cache);
+        let stored = cache.memory.stored(entry, born, fresh, &under.guard.flight);
+        under.guard.land(stored, How::hit(Level::Database), true, filled == Filled::Revoked);
+    }
+}
+
+/// Ends these flights with what is left: a stale copy each, or the failure.
+async fn fail_all(cache: &Arc<Inner>, flights: Vec<Under>, failure: Failure) {
+    tracing::error!(keys = flights.len(), %failure, "cannot load");
+    let mut leases = Vec::new();
+    for under in flights {
+        leases.extend(under.token.map(|token| (under.guard.key, token)));
+        under.guard.fail(failure.clone(), under.stale, cache.config.fail_safe_throttle);
+    }
+    if let Some(remote) = &cache.shared {
+        remote.l2.release(leases.iter().map(|(key, token)| (*key, token))).await;
+    }
+}
+
+/// How long an entry is fresh: `found` for one that exists, shortened by a random share.
+fn duration_of(entry: &Entry, found: Duration, cache: &Inner) -> Duration {
+    let full = match entry {
+        Entry::Found(_) => found,
+        Entry::Absent => cache.config.absent_duration.min(found),
+    };
+    full.mul_f64(1.0 - rand::random_range(0.0..=cache.config.jitter))
+}

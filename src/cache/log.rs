@@ -1,0 +1,257 @@
+//! The invalidation log: one Redis Stream that tells every instance which keys were expired, in order, without gaps.
+//!
+//! Each notice holds `p` (the id of the notice before it), `f` (the floor: entries whose load began before it are
+//! stale everywhere), `o` (its author) and `k` (keys, or `*` for all). Invariant (C5): a reader either hears every
+//! notice after its position or is told that it may have missed some; `p` shows a trimmed, emptied or older log alike.
+
+use std::{fmt, str::FromStr, time::Duration};
+
+use redis::{
+    Cmd, RedisError, Value,
+    streams::{StreamId, StreamRangeReply, StreamReadReply},
+};
+
+use super::Key;
+use crate::{
+    config,
+    redis::{Error, Lua, Redis},
+};
+
+/// Appends a notice; `ARGV`: author, keys, largest length, largest age in milliseconds.
+const APPEND: &str = r"
+local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local before, floor = '0-0', 0
+if last then
+  before = last[1]
+  for i = 1, #last[2], 2 do if last[2][i] == 'f' then floor = tonumber(last[2][i + 1]) or 0 end end
+end
+if ARGV[2] == '*' then floor = now end
+redis.call('XTRIM', KEYS[1], 'MINID', '~', now - tonumber(ARGV[4]))
+return redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[3], '*', 'p', before, 'f', floor, 'o', ARGV[1], 'k', ARGV[2])
+";
+
+/// How long one blocking read waits: also how often an idle log is checked for having been reset, and how long a
+/// silent instance's trust in its memory lags behind.
+const BLOCK: Duration = Duration::from_secs(1);
+/// Notices per read: bounds memory; more is read at once.
+const PAGE: usize = 1000;
+/// Notices older than this are trimmed: nobody's memory stays fresh that long without hearing them.
+const MAX_AGE: Duration = Duration::from_secs(24 * 60 * 60);
+/// Stands for every key.
+const EVERYTHING: &str = "*";
+
+/// Which keys a notice is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// These.
+    Keys(Vec<Key>),
+    /// All there are.
+    Everything,
+}
+
+/// What a reader heard.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum News {
+    /// Somebody else expired this.
+    Expired(Scope),
+    /// Notices were missed: they were trimmed, or this is the first read. What Redis holds is right.
+    Missed,
+    /// The log is another one or an older one: Redis lost data, and may have gone back to entries expired since.
+    Reset,
+}
+
+/// One read of the log.
+pub(super) struct Heard {
+    pub(super) news: Vec<News>,
+    /// Entries whose load began before this are stale (Redis' clock, milliseconds).
+    pub(super) floor_ms: u64,
+    /// Nothing more was in the log when this read was sent.
+    pub(super) caught_up: bool,
+}
+
+/// Place of a notice in the log, as Redis orders it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Position {
+    ms: u64,
+    number: u64,
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.ms, self.number)
+    }
+}
+
+impl FromStr for Position {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (ms, number) = text.split_once('-').ok_or(())?;
+        Ok(Self { ms: ms.parse().map_err(drop)?, number: number.parse().map_err(drop)? })
+    }
+}
+
+pub(super) struct Log {
+    redis: Redis,
+    name: String,
+    author: String,
+    max_length: u64,
+    kinds: &'static [&'static str],
+    append: Lua,
+}
+
+impl Log {
+    pub(super) fn new(redis: Redis, config: &config::Redis, author: String, kinds: &'static [&'static str]) -> Self {
+        let name = format!("{}:log", config.prefix);
+        Self { redis, name, author, max_length: config.log_max_length, kinds, append: Lua::new(APPEND) }
+    }
+
+    /// Carries out `before` and then appends the notice, in one round trip. `Ok` only if all of it happened.
+    pub(super) async fn append(&self, mut before: Vec<Cmd>, scope: &Scope) -> Result<(), Error> {
+        let keys = match scope {
+            Scope::Everything => EVERYTHING.to_owned(),
+            Scope::Keys(keys) => keys.iter().map(Key::to_string).collect::<Vec<_>>().join(" "),
+        };
+        let mut call = self.append.call(&self.name);
+        call.arg(&self.author).arg(keys).arg(self.max_length).arg(MAX_AGE.as_millis() as u64);
+        before.push(call);
+        // One connection carries them in this order, so nobody hears of a key that is still fresh in Redis.
+        for reply in self.redis.send_script(&self.append, before).await? {
+            reply?;
+        }
+        Ok(())
+    }
+
+    /// A reader that has heard nothing yet.
+    pub(super) fn reader(&self) -> Reader<'_> {
+        Reader { log: self, position: None }
+    }
+
+    async fn tail(&self) -> Result<Option<Notice>, Error> {
+        let mut command = redis::cmd("XREVRANGE");
+        command.arg(&self.name).arg("+").arg("-").arg("COUNT").arg(1);
+        let reply: StreamRangeReply = only(self.redis.send_on_log(&[command], Duration::ZERO).await?)?;
+        reply.ids.into_iter().next().map(|entry| self.notice(entry)).transpose()
+    }
+
+    fn notice(&self, entry: StreamId) -> Result<Notice, Error> {
+        let field = |name: &str| entry.get::<String>(name).unwrap_or_default();
+        let keys = field("k");
+        let scope = match keys.as_str() {
+            EVERYTHING => Scope::Everything,
+            // A kind that this version does not know cannot be in its memory.
+            keys => Scope::Keys(keys.split_ascii_whitespace().filter_map(|key| Key::parse(key, self.kinds)).collect()),
+        };
+        Ok(Notice {
+            position: entry.id.parse().map_err(|()| malformed("notice id"))?,
+            previous: field("p").parse().unwrap_or_default(),
+            floor_ms: field("f").parse().unwrap_or(0),
+            own: field("o") == self.author,
+            scope,
+        })
+    }
+}
+
+struct Notice {
+    position: Position,
+    previous: Position,
+    floor_ms: u64,
+    own: bool,
+    scope: Scope,
+}
+
+/// Reads the log from a position, over the log's own connection.
+pub(super) struct Reader<'a> {
+    log: &'a Log,
+    position: Option<Position>,
+}
+
+impl Reader<'_> {
+    /// The last notice heard; `None` before the first read.
+    pub(super) fn position(&self) -> Option<Position> {
+        self.position
+    }
+
+    /// Waits up to [`BLOCK`] for notices after the position. On an error the position stays, so the next read resumes.
+    pub(super) async fn read(&mut self) -> Result<Heard, Error> {
+        let Some(position) = self.position else { return self.start(News::Missed).await };
+        let mut command = redis::cmd("XREAD");
+        command.arg("COUNT").arg(PAGE).arg("BLOCK").arg(BLOCK.as_millis() as u64);
+        command.arg("STREAMS").arg(&self.log.name).arg(position.to_string());
+        let reply: Option<StreamReadReply> = only(self.log.redis.send_on_log(&[command], BLOCK).await?)?;
+        let entries = reply.and_then(|reply| reply.keys.into_iter().next()).map_or_else(Vec::new, |key| key.ids);
+        if entries.is_empty() {
+            return self.check_tail(position).await;
+        }
+        let caught_up = entries.len() < PAGE;
+        let mut heard = Heard { news: Vec::new(), floor_ms: 0, caught_up };
+        let mut last = position;
+        for entry in entries {
+            let notice = self.log.notice(entry)?;
+            if notice.previous > last {
+                heard.news.push(News::Missed);
+            } else if notice.previous < last {
+                heard.news.push(News::Reset);
+            }
+            if !notice.own {
+                heard.news.push(News::Expired(notice.scope));
+            }
+            heard.floor_ms = notice.floor_ms;
+            last = notice.position;
+        }
+        self.position = Some(last);
+        Ok(heard)
+    }
+
+    /// Nothing came: is the log still the one that was read?
+    async fn check_tail(&mut self, position: Position) -> Result<Heard, Error> {
+        match self.log.tail().await? {
+            Some(tail) if tail.position == position => {
+                Ok(Heard { news: Vec::new(), floor_ms: tail.floor_ms, caught_up: true })
+            }
+            Some(tail) if tail.position > position => {
+                // It came since; the next read returns it.
+                Ok(Heard { news: Vec::new(), floor_ms: tail.floor_ms, caught_up: false })
+            }
+            _ => self.start(News::Reset).await,
+        }
+    }
+
+    /// Takes the end of the log as position; whatever was heard before does not connect to it.
+    async fn start(&mut self, why: News) -> Result<Heard, Error> {
+        let tail = match self.log.tail().await? {
+            Some(tail) => tail,
+            None => {
+                // A first notice, so that there is a position that a later reset cannot be mistaken for.
+                self.log.append(Vec::new(), &Scope::Keys(Vec::new())).await?;
+                self.log.tail().await?.ok_or_else(|| malformed("log without the notice just appended"))?
+            }
+        };
+        self.position = Some(tail.position);
+        Ok(Heard { news: vec![why], floor_ms: tail.floor_ms, caught_up: true })
+    }
+}
+
+fn only<T: redis::FromRedisValue>(replies: Vec<redis::RedisResult<Value>>) -> Result<T, Error> {
+    let reply = replies.into_iter().next().ok_or_else(|| malformed("no reply"))??;
+    Ok(redis::from_redis_value(reply).map_err(RedisError::from)?)
+}
+
+fn malformed(what: &'static str) -> Error {
+    Error::Failed(RedisError::from((redis::ErrorKind::UnexpectedReturnType, what)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_are_ordered_as_redis_orders_them_not_as_text() {
+        let position = |text: &str| text.parse::<Position>().expect("a position");
+        assert!(position("999-9") < position("1000-0") && position("1000-9") < position("1000-10"));
+        assert_eq!(position("1700000000000-3").to_string(), "1700000000000-3");
+        assert!("1700000000000".parse::<Position>().is_err());
+    }
+}

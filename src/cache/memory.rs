@@ -1,0 +1,354 @@
+//! L1: entries in this process's memory, and which keys are being loaded.
+//!
+//! Owns freshness, the byte bound and the per-key lock (a *flight*: one load that any number of readers wait for).
+//! Knows neither Redis nor the database. Invariants: C1, at most one joinable flight per key; C3, a flight's result is
+//! kept only if its key was not expired since the flight began, whatever came first.
+
+use std::{
+    collections::HashMap,
+    hash::{BuildHasher, RandomState},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use quick_cache::{OptionsBuilder, Weighter, sync};
+use tokio::{sync::watch, time::Instant};
+
+use super::{Answer, Failure, How, Key, LARGEST_SHARE, Level, Stale, entry::Entry};
+use crate::config;
+
+/// Locks for the flights: far more than threads, so that two keys rarely meet.
+const LOCKS: usize = 64;
+/// Bytes of bookkeeping per entry: `Stored`, its `Arc`, and the slot, key and hash in quick_cache (measured).
+const OVERHEAD: u64 = 250;
+/// No source of expiries to listen to.
+const NOT_NEEDED: i64 = i64::MAX;
+
+/// Nanoseconds since the process's cache was made; negative for what was loaded elsewhere before.
+pub(super) type Moment = i64;
+
+/// An entry in memory, and until when it is what.
+#[derive(Debug)]
+pub(super) struct Stored {
+    pub(super) entry: Entry,
+    /// When the load that made it began.
+    pub(super) born: Moment,
+    /// Until when it is fresh if nothing expires it.
+    pub(super) fresh_until: Moment,
+    /// When this instance took it over: the moment up to which it is known not to be expired.
+    pub(super) filled: Moment,
+    epoch: u64,
+    expired: AtomicBool,
+    /// Until when the stale copy is served without another attempt to load.
+    retry_at: AtomicI64,
+}
+
+/// Where expiries are heard from.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Source {
+    /// The invalidation log.
+    Log,
+    /// The database's change feed.
+    Feed,
+}
+
+/// How a reader came to its flight.
+pub(super) enum Joined {
+    /// No flight is needed.
+    Ready(Answer),
+    /// Wait for this one.
+    Wait(Arc<Flight>),
+    /// Nobody loads it: the caller must, or drop the guard.
+    Lead(Guard),
+}
+
+/// What a flight ends with. Every reader gets a clone.
+#[derive(Clone, Debug)]
+pub(super) struct Landed {
+    pub(super) result: Result<Answer, Failure>,
+    /// The key was expired while the flight was under way.
+    pub(super) overtaken: bool,
+}
+
+/// One load of one key.
+#[derive(Debug)]
+pub(super) struct Flight {
+    pub(super) began: Moment,
+    pub(super) max_age: Option<Duration>,
+    epoch: u64,
+    overtaken: AtomicBool,
+    landed: watch::Sender<Option<Landed>>,
+}
+
+impl Flight {
+    /// Waits for the end; `None` if the load was abandoned (it panicked or was stopped).
+    pub(super) async fn landed(&self, mut results: watch::Receiver<Option<Landed>>) -> Option<Landed> {
+        results.wait_for(Option::is_some).await.ok().and_then(|landed| landed.clone())
+    }
+
+    pub(super) fn watch(&self) -> watch::Receiver<Option<Landed>> {
+        self.landed.subscribe()
+    }
+}
+
+pub(super) struct Memory {
+    entries: sync::Cache<Key, Arc<Stored>, Bytes>,
+    flights: Vec<Mutex<HashMap<Key, Arc<Flight>>>>,
+    hasher: RandomState,
+    /// Raised to make everything stale at once.
+    epoch: AtomicU64,
+    heard: [AtomicI64; 2],
+    started: Instant,
+    unheard_max: i64,
+    fail_safe_max: i64,
+    max_body_bytes: usize,
+}
+
+#[derive(Clone)]
+struct Bytes;
+
+impl Weighter<Key, Arc<Stored>> for Bytes {
+    fn weight(&self, _: &Key, stored: &Arc<Stored>) -> u64 {
+        OVERHEAD + stored.entry.len() as u64
+    }
+}
+
+impl Memory {
+    /// `sources` are the places expiries come from; each counts as unheard until it is first heard.
+    pub(super) fn new(config: &config::Cache, sources: &[Source]) -> Self {
+        // Each shard is bounded by itself, so a shard must have room for several of the largest bodies.
+        let largest = LARGEST_SHARE * (config.max_body_bytes as u64 + OVERHEAD);
+        let shards = (config.l1_max_bytes / largest).clamp(1, 64).next_power_of_two() as usize;
+        let options = OptionsBuilder::new()
+            .shards(shards)
+            .estimated_items_capacity((config.l1_max_bytes / 1024) as usize)
+            .weight_capacity(config.l1_max_bytes)
+            .build()
+            .unwrap_or_else(|error| unreachable!("both capacities are given: {error}"));
+        let memory = Self {
+            entries: sync::Cache::with_options(options, Bytes, Default::default(), Default::default()),
+            flights: (0..LOCKS).map(|_| Mutex::default()).collect(),
+            hasher: RandomState::new(),
+            epoch: AtomicU64::new(0),
+            heard: [const { AtomicI64::new(NOT_NEEDED) }; 2],
+            started: Instant::now(),
+            unheard_max: span(config.unheard_max),
+            fail_safe_max: span(config.fail_safe_max),
+            max_body_bytes: config.max_body_bytes,
+        };
+        for source in sources {
+            memory.heard[*source as usize].store(Moment::MIN, Ordering::Relaxed);
+        }
+        memory
+    }
+
+    pub(super) fn now(&self) -> Moment {
+        span(self.started.elapsed())
+    }
+
+    /// An entry that may be stored; `fresh` counts from now.
+    pub(super) fn stored(&self, entry: Entry, born: Moment, fresh: Duration, flight: &Flight) -> Arc<Stored> {
+        let filled = self.now();
+        Arc::new(Stored {
+            entry,
+            born,
+            fresh_until: filled.saturating_add(span(fresh)),
+            filled,
+            epoch: flight.epoch,
+            expired: AtomicBool::new(false),
+            retry_at: AtomicI64::new(Moment::MIN),
+        })
+    }
+
+    /// A copy that is no longer fresh.
+    pub(super) fn stale_copy(&self, entry: Entry, age: Duration) -> Arc<Stored> {
+        let now = self.now();
+        let born = now - span(age);
+        let (expired, retry_at) = (AtomicBool::new(true), AtomicI64::new(Moment::MIN));
+        Arc::new(Stored { entry, born, fresh_until: now, filled: now, epoch: 0, expired, retry_at })
+    }
+
+    /// Whether a body may be kept at all.
+    pub(super) fn accepts(&self, entry: &Entry) -> bool {
+        entry.len() <= self.max_body_bytes
+    }
+
+    /// The answer from memory alone: fresh, or stale while its database is being left alone after a failure.
+    pub(super) fn get(&self, key: &Key, max_age: Option<Duration>) -> Option<Answer> {
+        let stored = self.entries.get(key)?;
+        let now = self.now();
+        if self.is_fresh(&stored, now) {
+            let young = max_age.is_none_or(|max_age| now - stored.born < span(max_age));
+            return young.then(|| Answer::new(stored, How::hit(Level::Memory), now));
+        }
+        let left_alone = now < stored.retry_at.load(Ordering::Relaxed) && self.may_serve_stale(&stored, now);
+        left_alone.then(|| Answer::new(stored, How::stale(Stale::DatabaseFailed), now))
+    }
+
+    fn is_fresh(&self, stored: &Stored, now: Moment) -> bool {
+        // C6: known to be right when it was filled, and as of the last time that expiries were heard.
+        let [log, feed] = &self.heard;
+        let heard = log.load(Ordering::Relaxed).min(feed.load(Ordering::Relaxed));
+        !stored.expired.load(Ordering::Acquire)
+            && now < stored.fresh_until
+            && stored.epoch == self.epoch.load(Ordering::Acquire)
+            && now.saturating_sub(stored.filled.max(heard)) <= self.unheard_max
+    }
+
+    fn may_serve_stale(&self, stored: &Stored, now: Moment) -> bool {
+        // "Absent" is not worth keeping: while nobody can tell, 404 would be a lie.
+        matches!(stored.entry, Entry::Found(_)) && now.saturating_sub(stored.born) < self.fail_safe_max
+    }
+
+    /// The younger of the copy in memory and `other`, if one may be served stale.
+    pub(super) fn stale(&self, key: &Key, other: Option<Arc<Stored>>) -> Option<Arc<Stored>> {
+        let now = self.now();
+        let candidates = self.entries.peek(key).into_iter().chain(other);
+        candidates.filter(|stored| self.may_serve_stale(stored, now)).max_by_key(|stored| stored.born)
+    }
+
+    /// Joins the flight of this key, becomes its leader, or finds that neither is needed any more.
+    pub(super) fn join(self: &Arc<Self>, key: Key, max_age: Option<Duration>) -> Joined {
+        let mut flights = self.flights(&key);
+        // A flight may have landed between the caller's look and this lock.
+        if let Some(answer) = self.get(&key, max_age) {
+            return Joined::Ready(answer);
+        }
+        let epoch = self.epoch.load(Ordering::Acquire);
+        match flights.get(&key) {
+            Some(flight) if flight.epoch == epoch => Joined::Wait(flight.clone()),
+            _ => {
+                let flight = Arc::new(Flight {
+                    began: self.now(),
+                    max_age,
+                    epoch,
+                    overtaken: AtomicBool::new(false),
+                    landed: watch::Sender::new(None),
+                });
+                if let Some(old) = flights.insert(key, flight.clone()) {
+                    old.overtaken.store(true, Ordering::Release);
+                }
+                Joined::Lead(Guard { memory: self.clone(), key, flight })
+            }
+        }
+    }
+
+    /// Makes a key's entry stale and its flight useless for whoever comes from now on.
+    pub(super) fn expire(&self, key: &Key) {
+        let mut flights = self.flights(key);
+        if let Some(flight) = flights.remove(key) {
+            flight.overtaken.store(true, Ordering::Release);
+        }
+        match self.entries.peek(key) {
+            Some(stored) if matches!(stored.entry, Entry::Found(_)) => {
+                stored.retry_at.store(Moment::MIN, Ordering::Relaxed);
+                stored.expired.store(true, Ordering::Release);
+            }
+            Some(_) => drop(self.entries.remove(key)),
+            None => {}
+        }
+    }
+
+    /// Makes everything stale and every flight useless for whoever comes from now on.
+    pub(super) fn expire_everything(&self) {
+        self.epoch.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// All expiries up to `moment` have been heard from `source`.
+    pub(super) fn heard(&self, source: Source, moment: Moment) {
+        self.heard[source as usize].fetch_max(moment, Ordering::Relaxed);
+    }
+
+    /// How long ago `source` was last heard; `None` if it never was or is not needed.
+    pub(super) fn unheard_for(&self, source: Source) -> Option<Duration> {
+        match self.heard[source as usize].load(Ordering::Relaxed) {
+            NOT_NEEDED | Moment::MIN => None,
+            heard => Some(duration(self.now() - heard)),
+        }
+    }
+
+    /// Entries and their bytes.
+    pub(super) fn size(&self) -> (usize, u64) {
+        (self.entries.len(), self.entries.weight())
+    }
+
+    fn flights(&self, key: &Key) -> MutexGuard<'_, HashMap<Key, Arc<Flight>>> {
+        let lock = &self.flights[self.hasher.hash_one(key) as usize % LOCKS];
+        // Nothing panics while holding it; if something did, the map would still be whole.
+        lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// The duty to end a flight. Dropping it abandons the flight: its readers wake and one of them leads anew.
+pub(super) struct Guard {
+    memory: Arc<Memory>,
+    pub(super) key: Key,
+    pub(super) flight: Arc<Flight>,
+}
+
+impl Guard {
+    /// Ends the flight with an entry, kept in memory if `keep` and if the key was not expired meanwhile. `overtaken`
+    /// says that the caller knows of such an expiry.
+    pub(super) fn land(self, stored: Arc<Stored>, how: How, keep: bool, overtaken: bool) {
+        let mut flights = self.memory.flights(&self.key);
+        let overtaken = overtaken || !self.leave(&mut flights);
+        let kept = keep && !overtaken && self.memory.accepts(&stored.entry);
+        if kept {
+            self.memory.entries.insert(self.key, stored.clone());
+        }
+        drop(flights);
+        let answer = Answer::new(stored, How { stored: kept, ..how }, self.memory.now());
+        self.flight.landed.send_replace(Some(Landed { result: Ok(answer), overtaken }));
+    }
+
+    /// Ends the flight with a failure: a stale copy, if there is one, is the answer until `throttle` has passed.
+    pub(super) fn fail(self, failure: Failure, stale: Option<Arc<Stored>>, throttle: Duration) {
+        let now = self.memory.now();
+        let mut flights = self.memory.flights(&self.key);
+        let overtaken = !self.leave(&mut flights);
+        let result = match self.memory.stale(&self.key, stale) {
+            None => Err(failure),
+            Some(stored) => {
+                if !overtaken {
+                    stored.retry_at.store(now.saturating_add(span(throttle)), Ordering::Relaxed);
+                    self.memory.entries.insert(self.key, stored.clone());
+                }
+                Ok(Answer::new(stored, How::stale(Stale::DatabaseFailed), now))
+            }
+        };
+        drop(flights);
+        self.flight.landed.send_replace(Some(Landed { result, overtaken }));
+    }
+
+    /// Takes the flight out of the table; `false` if an expiry had already done so.
+    fn leave(&self, flights: &mut HashMap<Key, Arc<Flight>>) -> bool {
+        if flights.get(&self.key).is_some_and(|current| Arc::ptr_eq(current, &self.flight)) {
+            flights.remove(&self.key);
+        }
+        // An expiry of everything leaves the table as it is and raises the epoch.
+        !self.flight.overtaken.load(Ordering::Acquire) && self.flight.epoch == self.memory.epoch.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if self.flight.landed.borrow().is_none() {
+            self.leave(&mut self.memory.flights(&self.key));
+            let failure = Failure::Broken("the load was abandoned".to_owned());
+            self.flight.landed.send_replace(Some(Landed { result: Err(failure), overtaken: true }));
+        }
+    }
+}
+
+/// A duration as a difference of moments.
+pub(super) fn span(duration: Duration) -> i64 {
+    i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX)
+}
+
+/// A difference of moments as a duration; a negative one is none.
+pub(super) fn duration(span: i64) -> Duration {
+    Duration::from_nanos(u64::try_from(span).unwrap_or(0))
+}

@@ -1,0 +1,487 @@
+//! The cache: [`Cache::get_or_load`] reads through memory, Redis and the database; [`Cache::expire`] makes a key stale
+//! everywhere; a task listens to what other instances expire.
+//!
+//! Stores bytes and knows no entity. In reading order: [`entry`] (what is stored), `memory` (L1 and the per-key lock),
+//! `load` (the way of a miss), `l2` (Redis), `log` (the invalidation log), `expiry` (the queue towards both).
+//! Invariants C1–C8 and S1 of the design hold here; each file names its own.
+
+pub mod entry;
+mod expiry;
+mod l2;
+mod load;
+mod log;
+mod memory;
+
+use std::{
+    fmt,
+    hash::{Hash, Hasher},
+    pin::Pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::future::join_all;
+
+use tokio::{runtime::Handle, time::sleep};
+
+pub use self::{entry::Entry, log::Position};
+use self::{
+    l2::L2,
+    log::{Log, News, Scope},
+    memory::{Guard, Joined, Memory, Source, Stored},
+};
+use crate::{
+    background::{Task, keep_running},
+    config,
+    redis::Redis,
+};
+
+/// Room for the largest bodies in memory: the bound must be at least this many times a body.
+pub const LARGEST_SHARE: u64 = 8;
+/// How often a reader starts over because the flight it joined was overtaken, abandoned, or led by somebody content
+/// with an older entry. Each further flight began after the reader came, so two nearly always do.
+const ATTEMPTS: usize = 16;
+
+/// What an entry is stored under: a kind of thing and its number. Written `product:680`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Key {
+    kind: &'static str,
+    id: i64,
+}
+
+impl Key {
+    /// The key of one thing.
+    pub const fn new(kind: &'static str, id: i64) -> Self {
+        Self { kind, id }
+    }
+
+    /// The number alone.
+    pub fn id(&self) -> i64 {
+        self.id
+    }
+
+    /// Reads what `Display` writes, if the kind is one of `kinds`.
+    fn parse(text: &str, kinds: &[&'static str]) -> Option<Self> {
+        let (kind, id) = text.split_once(':')?;
+        Some(Self { kind: kinds.iter().find(|known| **known == kind)?, id: id.parse().ok()? })
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.kind, self.id)
+    }
+}
+
+impl Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        // Ids alone spread well; equality still compares the kind.
+        state.write_i64(self.id);
+    }
+}
+
+/// A future that a [`Load`] returns: entries by key; keys left out are absent.
+pub type Loading = Pin<Box<dyn Future<Output = Result<Vec<(Key, Entry)>, Failure>> + Send>>;
+/// Reads entries from the source of truth, in one query. Runs apart from the reader, at most once per key at a time.
+pub type Load = Arc<dyn Fn(Vec<Key>) -> Loading + Send + Sync>;
+
+/// Why there is no answer.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Failure {
+    /// Nobody could tell: try again later.
+    #[error("{0}")]
+    Unavailable(String),
+    /// A bug.
+    #[error("{0}")]
+    Broken(String),
+}
+
+/// Which level had the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// This process.
+    Memory,
+    /// Redis.
+    Redis,
+    /// The database.
+    Database,
+}
+
+/// Why an answer is stale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stale {
+    /// The database failed, so the last known entry is served.
+    DatabaseFailed,
+}
+
+/// How an answer came about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct How {
+    /// Where it was found.
+    pub level: Level,
+    /// The reader waited for a load that another reader had begun.
+    pub collapsed: bool,
+    /// It was put into memory on the way.
+    pub stored: bool,
+    /// Set if it is not fresh.
+    pub stale: Option<Stale>,
+}
+
+impl How {
+    fn hit(level: Level) -> Self {
+        Self { level, collapsed: false, stored: false, stale: None }
+    }
+
+    fn stale(why: Stale) -> Self {
+        Self { stale: Some(why), ..Self::hit(Level::Memory) }
+    }
+}
+
+/// An entry, and how it was come by.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    stored: Arc<Stored>,
+    how: How,
+    at: memory::Moment,
+}
+
+impl Answer {
+    fn new(stored: Arc<Stored>, how: How, at: memory::Moment) -> Self {
+        Self { stored, how, at }
+    }
+
+    /// The entry.
+    pub fn entry(&self) -> &Entry {
+        &self.stored.entry
+    }
+
+    /// How it was come by.
+    pub fn how(&self) -> How {
+        self.how
+    }
+
+    /// Time since its load from the database began.
+    pub fn age(&self) -> Duration {
+        memory::duration(self.at - self.stored.born)
+    }
+
+    /// Seconds for which it is still fresh; not positive for a stale one.
+    pub fn ttl_s(&self) -> i64 {
+        let left_s = (self.stored.fresh_until - self.at).div_euclid(1_000_000_000);
+        if self.how.stale.is_some() { left_s.min(0) } else { left_s }
+    }
+}
+
+/// What to listen to for expiries, besides Redis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Feed {
+    /// The database's change feed, which calls [`Cache::expire`] and [`Cache::heard_feed`].
+    Database,
+    /// Nothing.
+    None,
+}
+
+/// The cache. One per process, made once; it stops its tasks when dropped.
+pub struct Cache {
+    inner: Arc<Inner>,
+    _tasks: Vec<Task>,
+}
+
+/// What flights and tasks share.
+struct Inner {
+    config: config::Cache,
+    memory: Arc<Memory>,
+    shared: Option<Remote>,
+    queue: expiry::Queue,
+    /// Entries in Redis whose load began before this are stale (Redis' clock, milliseconds).
+    floor_ms: AtomicU64,
+    position: Mutex<Option<Position>>,
+    background: Handle,
+}
+
+/// Everything that is in Redis.
+struct Remote {
+    redis: Redis,
+    l2: L2,
+    log: Log,
+}
+
+impl Cache {
+    /// Builds the cache and starts its tasks on `background`. `kinds` are all kinds of keys there will be.
+    pub fn start(
+        config: &config::Cache,
+        redis: Option<(Redis, &config::Redis)>,
+        feed: Feed,
+        kinds: &'static [&'static str],
+        background: &Handle,
+    ) -> Self {
+        let mut sources = Vec::new();
+        if redis.is_some() {
+            sources.push(Source::Log);
+        }
+        if feed == Feed::Database {
+            sources.push(Source::Feed);
+        }
+        let author = format!("{:016x}", rand::random::<u64>());
+        let shared = redis.map(|(redis, settings)| Remote {
+            l2: L2::new(redis.clone(), settings, config.lease),
+            log: Log::new(redis.clone(), settings, author, kinds),
+            redis,
+        });
+        let inner = Arc::new(Inner {
+            config: config.clone(),
+            memory: Arc::new(Memory::new(config, &sources)),
+            shared,
+            queue: expiry::Queue::default(),
+            floor_ms: AtomicU64::new(0),
+            position: Mutex::new(None),
+            background: background.clone(),
+        });
+        let mut tasks = Vec::new();
+        if inner.shared.is_some() {
+            let (listening, delivering) = (inner.clone(), inner.clone());
+            tasks.push(keep_running(background, "invalidation log", move || listen(listening.clone())));
+            tasks.push(keep_running(background, "expiries", move || expiry::deliver(delivering.clone())));
+        }
+        Self { inner, _tasks: tasks }
+    }
+
+    /// The answer from this process's memory, if it has one that is younger than `max_age`. Never waits.
+    pub fn get(&self, key: &Key, max_age: Option<Duration>) -> Option<Answer> {
+        self.inner.memory.get(key, max_age)
+    }
+
+    /// The answers for all these keys, in order: from memory, else from Redis (one round trip for all), else from the
+    /// database (one query for all, at most one per key in the cluster).
+    ///
+    /// Dropping the future ends the wait, not the load. Waits as long as the loads do: callers set a deadline and fall
+    /// back to [`Cache::get_stale`].
+    pub async fn get_or_load(
+        &self,
+        keys: &[Key],
+        max_age: Option<Duration>,
+        load: &Load,
+    ) -> Vec<Result<Answer, Failure>> {
+        let arrived = self.inner.memory.now();
+        let mut leads = Vec::new();
+        let joined: Vec<_> = keys.iter().map(|key| Wait::join(&self.inner.memory, *key, max_age, &mut leads)).collect();
+        self.inner.fly(leads, load);
+        join_all(keys.iter().zip(joined).map(|(key, wait)| self.settle(*key, wait, arrived, max_age, load))).await
+    }
+
+    /// The last known entry, fresh or not, if it is young enough to be served at all.
+    pub fn get_stale(&self, key: &Key) -> Option<Answer> {
+        let stored = self.inner.memory.stale(key, None)?;
+        Some(Answer::new(stored, How::stale(Stale::DatabaseFailed), self.inner.memory.now()))
+    }
+
+    /// Makes these keys stale here at once, then in Redis and on every other instance.
+    ///
+    /// `Ok`: Redis holds them no longer as fresh and the notice is in the log (C4). `Err`: Redis could not be reached
+    /// within `budget`; the expiry stays queued and is delivered when it can be (C7). Dropping the future cancels
+    /// nothing.
+    pub async fn expire(&self, keys: &[Key], budget: Duration) -> Result<(), Undelivered> {
+        self.expire_scope(Scope::Keys(keys.to_vec()), budget).await
+    }
+
+    /// The same for everything there is.
+    pub async fn expire_everything(&self, budget: Duration) -> Result<(), Undelivered> {
+        self.expire_scope(Scope::Everything, budget).await
+    }
+
+    async fn expire_scope(&self, scope: Scope, budget: Duration) -> Result<(), Undelivered> {
+        let inner = &self.inner;
+        if inner.shared.is_none() {
+            inner.expire_here(&scope);
+            return Ok(());
+        }
+        // Queued first: from now on no flight of these keys looks into Redis, and those that have are overtaken.
+        let number = inner.queue.add(&scope);
+        inner.expire_here(&scope);
+        tokio::time::timeout(budget, inner.queue.delivered(number)).await.map_err(|_| Undelivered { budget })
+    }
+
+    /// Makes everything in this process's memory stale: whoever calls this may have missed expiries.
+    pub fn forget_memory(&self) {
+        self.inner.memory.expire_everything();
+    }
+
+    /// All changes that were in the database's feed when this reading `began` have been expired.
+    pub fn heard_feed(&self, began: tokio::time::Instant) {
+        let moment = self.inner.memory.now() - memory::span(began.elapsed());
+        self.inner.memory.heard(Source::Feed, moment);
+    }
+
+    /// How things are, for people.
+    pub fn status(&self) -> Status {
+        let inner = &self.inner;
+        let (entries, bytes) = inner.memory.size();
+        let (queued, everything) = inner.queue.len();
+        Status {
+            entries,
+            bytes,
+            log_position: *inner.position.lock().unwrap_or_else(PoisonError::into_inner),
+            log_unheard_for: inner.memory.unheard_for(Source::Log),
+            feed_unheard_for: inner.memory.unheard_for(Source::Feed),
+            expiries_queued: if everything { usize::MAX } else { queued },
+            redis_connected: inner.shared.as_ref().map(|remote| remote.redis.is_connected()),
+        }
+    }
+
+    /// Waits for this reader's flight, and for another where the first one's result is not good enough for it.
+    async fn settle(
+        &self,
+        key: Key,
+        mut wait: Wait,
+        arrived: memory::Moment,
+        max_age: Option<Duration>,
+        load: &Load,
+    ) -> Result<Answer, Failure> {
+        let mut last = Failure::Broken("no load ended".to_owned());
+        for _ in 0..ATTEMPTS {
+            let landed = match wait {
+                Wait::Ready(answer) => return Ok(answer),
+                Wait::For { flight, results, collapsed } => {
+                    flight.landed(results).await.map(|landed| (landed, flight.began, collapsed))
+                }
+            };
+            if let Some((landed, began, collapsed)) = landed {
+                match landed.result {
+                    Ok(answer) => {
+                        let born_since = answer.stored.born >= arrived;
+                        // C3: what began after this reader came is good for it, whatever happened meanwhile.
+                        let current = !landed.overtaken || began >= arrived || born_since;
+                        let young = max_age.is_none_or(|max_age| born_since || answer.age() < max_age);
+                        if current && (young || answer.how.stale.is_some()) {
+                            return Ok(Answer { how: How { collapsed, ..answer.how }, ..answer });
+                        }
+                    }
+                    Err(failure) if !landed.overtaken => return Err(failure),
+                    Err(failure) => last = failure,
+                }
+            }
+            let mut leads = Vec::new();
+            wait = Wait::join(&self.inner.memory, key, max_age, &mut leads);
+            self.inner.fly(leads, load);
+        }
+        Err(last)
+    }
+}
+
+/// Redis could not be told of an expiry in time.
+#[derive(Debug, thiserror::Error)]
+#[error("redis could not be told within {} ms; the expiry stays queued", budget.as_millis())]
+pub struct Undelivered {
+    budget: Duration,
+}
+
+/// How the cache is doing.
+#[derive(Clone, Debug)]
+pub struct Status {
+    /// Entries in memory.
+    pub entries: usize,
+    /// Their bytes, bookkeeping included.
+    pub bytes: u64,
+    /// Last notice heard.
+    pub log_position: Option<Position>,
+    /// How long the log has not been heard; `None`: never yet, or there is none.
+    pub log_unheard_for: Option<Duration>,
+    /// How long the change feed has not been heard; `None`: never yet, or there is none.
+    pub feed_unheard_for: Option<Duration>,
+    /// Keys whose expiry Redis does not know yet; `usize::MAX`: all.
+    pub expiries_queued: usize,
+    /// Whether Redis can be reached; `None`: there is none.
+    pub redis_connected: Option<bool>,
+}
+
+/// A reader's place.
+enum Wait {
+    Ready(Answer),
+    For {
+        flight: Arc<memory::Flight>,
+        /// Subscribed before the flight can end.
+        results: tokio::sync::watch::Receiver<Option<memory::Landed>>,
+        collapsed: bool,
+    },
+}
+
+impl Wait {
+    fn join(memory: &Arc<Memory>, key: Key, max_age: Option<Duration>, leads: &mut Vec<Guard>) -> Self {
+        let (flight, collapsed) = match memory.join(key, max_age) {
+            Joined::Ready(answer) => return Self::Ready(answer),
+            Joined::Wait(flight) => (flight, true),
+            Joined::Lead(guard) => {
+                let flight = guard.flight.clone();
+                leads.push(guard);
+                (flight, false)
+            }
+        };
+        let results = flight.watch();
+        Self::For { flight, results, collapsed }
+    }
+}
+
+impl Inner {
+    /// Starts the flights, apart from whoever asked for them.
+    fn fly(self: &Arc<Self>, leads: Vec<Guard>, load: &Load) {
+        if !leads.is_empty() {
+            self.background.spawn(load::run(self.clone(), leads, load.clone()));
+        }
+    }
+
+    fn expire_here(&self, scope: &Scope) {
+        match scope {
+            Scope::Keys(keys) => keys.iter().for_each(|key| self.memory.expire(key)),
+            Scope::Everything => self.memory.expire_everything(),
+        }
+    }
+
+    fn floor_ms(&self) -> u64 {
+        self.floor_ms.load(Ordering::Acquire)
+    }
+
+    fn trusts_redis_with(&self, key: &Key) -> bool {
+        self.shared.is_some() && !self.queue.has(key)
+    }
+}
+
+/// Hears what other instances expire, for ever.
+async fn listen(cache: Arc<Inner>) {
+    let Some(remote) = &cache.shared else { return std::future::pending().await };
+    let mut reader = remote.log.reader();
+    loop {
+        remote.redis.log_connected().await;
+        let sent = cache.memory.now();
+        let heard = match reader.read().await {
+            Ok(heard) => heard,
+            Err(error) => {
+                tracing::warn!(%error, "redis: cannot hear the invalidation log; what is in memory is trusted for {} s",
+                    cache.config.unheard_max.as_secs());
+                sleep(Duration::from_millis(rand::random_range(50..150))).await;
+                continue;
+            }
+        };
+        // Raised before keys are expired, so that what they are loaded from next is already judged by it.
+        cache.floor_ms.fetch_max(heard.floor_ms, Ordering::AcqRel);
+        for news in heard.news {
+            match news {
+                News::Expired(scope) => cache.expire_here(&scope),
+                News::Missed => cache.memory.expire_everything(),
+                News::Reset => {
+                    tracing::warn!("redis: the invalidation log was lost or went back; everything is stale");
+                    // Redis may be an older copy of itself: nothing in it is trusted until it is told so.
+                    cache.queue.add(&Scope::Everything);
+                    cache.memory.expire_everything();
+                }
+            }
+        }
+        if heard.caught_up {
+            // As of when the read was sent: a process that was stopped meanwhile must not think it heard just now.
+            cache.memory.heard(Source::Log, sent);
+        }
+        *cache.position.lock().unwrap_or_else(PoisonError::into_inner) = reader.position();
+    }
+}

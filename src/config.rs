@@ -1,0 +1,618 @@
+//! Environment → [`Config`]: every setting, its default and the reason for it, in one table.
+//!
+//! Owns the names and limits of all settings; the README's table is checked against [`SETTINGS`]. Must not know what
+//! the values are used for beyond their type. Invariant: a `Config` exists only if every setting was valid; otherwise
+//! [`ConfigError`] names all mistakes at once, and never the value of a secret.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+/// One setting: what it is called, what it is when nobody sets it, and what it may be.
+pub struct Setting {
+    /// Name of the environment variable (an app setting in Azure, a `Values` entry in `local.settings.json`).
+    pub name: &'static str,
+    /// Text used when the variable is missing or empty.
+    pub default: &'static str,
+    /// What values are accepted.
+    pub kind: Kind,
+    /// What it does and why the default is what it is: one line of the README's table.
+    pub meaning: &'static str,
+}
+
+/// The values a setting accepts.
+pub enum Kind {
+    /// A whole number between the two, inclusive.
+    Number(u64, u64),
+    /// Free text.
+    Text,
+    /// One of the words listed.
+    Word(&'static [&'static str]),
+    /// Text that never appears in a message.
+    Secret,
+}
+
+const DAY_S: u64 = 24 * 60 * 60;
+const MIB: u64 = 1024 * 1024;
+
+const fn number(name: &'static str, default: &'static str, min: u64, max: u64, meaning: &'static str) -> Setting {
+    Setting { name, default, kind: Kind::Number(min, max), meaning }
+}
+
+const fn text(name: &'static str, default: &'static str, meaning: &'static str) -> Setting {
+    Setting { name, default, kind: Kind::Text, meaning }
+}
+
+/// Every setting, in the order of the README's table.
+#[rustfmt::skip] // a table reads as a table
+pub const SETTINGS: &[Setting] = &[
+    Setting { name: "Sql", default: "", kind: Kind::Secret, meaning: "Database: `sqlite:<file>`. Empty: the embedded catalogue in `product-cache.db` in the working directory, or in memory where that cannot be written." },
+    Setting { name: "Redis", default: "", kind: Kind::Secret, meaning: "Redis: `redis://[user:password@]host:port`. Empty: no L2 and no invalidation log; the change feed keeps memory right." },
+
+    number("CACHE_DURATION_S", "300", 1, 30 * DAY_S, "How long an entry is fresh. Changes are told, so this only bounds what no notice covers."),
+    number("CACHE_L1_DURATION_S", "", 1, 30 * DAY_S, "The same for memory alone; empty: `CACHE_DURATION_S`. Never longer than what is left in Redis."),
+    number("CACHE_L2_DURATION_S", "", 1, 30 * DAY_S, "The same for Redis alone; empty: `CACHE_DURATION_S`."),
+    number("CACHE_ABSENT_DURATION_S", "30", 1, 30 * DAY_S, "How long \"no such product\" is fresh: short, so that an id asked too early is not refused for long."),
+    number("CACHE_JITTER_PERCENT", "10", 0, 90, "Durations are shortened by a random share up to this, so that entries loaded together do not end together."),
+    number("CACHE_L1_MAX_BYTES", "67108864", MIB, 64 * 1024 * MIB, "Bound of memory: 64 MiB is some 20,000 products with photos, and 3 % of a 2 GiB instance."),
+    number("CACHE_MAX_BODY_BYTES", "1048576", 1024, 64 * MIB, "A larger body is served but not stored: one row must not evict thousands."),
+    number("CACHE_FAIL_SAFE_MAX_S", "86400", 0, 30 * DAY_S, "How old a stale copy may be to be served while the database fails; 0: never serve stale."),
+    number("CACHE_FAIL_SAFE_THROTTLE_S", "10", 1, DAY_S, "After a failed load, how long its key is answered with the stale copy before the database is tried again."),
+    number("CACHE_UNHEARD_MAX_S", "10", 3, DAY_S, "While an instance cannot hear of changes, how long an entry in its memory stays fresh."),
+    number("CACHE_HARD_TIMEOUT_MS", "5000", 50, 600_000, "A load that takes longer is given up. A point read takes about a millisecond; 5 s outlasts a failover's retries."),
+    number("CACHE_LEASE_MS", "10000", 100, 600_000, "How long one instance may hold the right to load a key: above the hard timeout, so that a live loader is never doubled."),
+    number("CACHE_LEASE_WAIT_MS", "2000", 10, 600_000, "How long a read waits for another instance's load before it loads by itself."),
+
+    number("REDIS_POOL_SIZE", "2", 1, 64, "Shared connections. Each carries all requests at once, so two are for resilience, not for throughput. One more is used by the invalidation log."),
+    text("REDIS_PREFIX", "product-cache", "First part of every key: apps that share a Redis take different ones."),
+    number("REDIS_CONNECT_TIMEOUT_MS", "1000", 10, 60_000, "Connect and greeting, TLS included."),
+    number("REDIS_RESPONSE_TIMEOUT_MS", "250", 5, 60_000, "One answer. A healthy one takes under a millisecond; the database is the better source after 250."),
+    number("REDIS_LOG_MAX_LENGTH", "100000", 100, 100_000_000, "Notices kept in the invalidation log: what a disconnected instance can catch up on (about 100 bytes each)."),
+
+    number("DATABASE_MAX_CONNECTIONS", "8", 1, 1000, "Bound of the one pool: 8 serve thousands of point reads a second, and 100 instances stay below 1,000 sessions."),
+    number("DATABASE_CONNECT_TIMEOUT_MS", "4000", 50, 120_000, "To open a connection or to wait for a free one: below the hard timeout, so that the message names the cause."),
+    number("FEED_INTERVAL_MS", "1000", 0, 3_600_000, "How often the database is asked what changed; 0: never (where the SQL trigger does that job)."),
+
+    number("HTTP_PORT", "7071", 0, 65_535, "Port of a standalone start, as with `func start`; 0: any free one. Under a Functions host the host's port is used."),
+    number("HTTP_WORKERS", "0", 0, 1024, "Threads that answer requests; 0: one per core."),
+    text("HTTP_CACHE_CONTROL", "private, no-cache", "`Cache-Control` of products. The default makes clients ask again each time, which an ETag makes cheap."),
+    number("HTTP_DRAIN_S", "5", 0, 300, "How long SIGTERM waits for requests in flight."),
+    number("REQUEST_TIMEOUT_MS", "10000", 100, 230_000, "Bound of a whole GET. Above it the answer is 503; the platform's own limit is 230 s."),
+    number("INVALIDATE_BUDGET_MS", "60000", 100, 140_000, "How long one InvalidateCache call retries Redis before it fails: below the SQL trigger's lease renewal limit of about 150 s."),
+    number("INVALIDATE_MAX_BODY_BYTES", "67108864", 1024, 1024 * MIB, "Largest trigger batch: 1,000 rows with photos, escaped four times, stay below 64 MiB."),
+
+    Setting { name: "LOG_LEVEL", default: "info", kind: Kind::Word(&["error", "warn", "info", "debug", "trace"]), meaning: "Least severe level that is written." },
+];
+
+/// Set by the Functions host; listed so that a misspelling of one is recognised, not shown in the README.
+const HOST_NAMES: [&str; 3] = ["FUNCTIONS_CUSTOMHANDLER_PORT", "FUNCTIONS_HTTPWORKER_PORT", ROUTE_PREFIX];
+const ROUTE_PREFIX: &str = "AzureFunctionsJobHost__extensions__http__routePrefix";
+
+/// Who started the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// A Functions host, which chose the port and watches the exit code.
+    Handler,
+    /// A person, with `cargo run` or the binary itself.
+    Standalone,
+}
+
+/// Text that is never printed: `Debug` shows `***`.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The text itself, for the driver that needs it.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<&str> for Secret {
+    fn from(text: &str) -> Self {
+        Self(text.to_owned())
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+/// All settings, checked. Field names follow the setting names; durations are real durations.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Who started the process.
+    pub role: Role,
+    /// How HTTP is served.
+    pub http: Http,
+    /// How InvalidateCache works.
+    pub invalidate: Invalidate,
+    /// How long things are kept, and how much.
+    pub cache: Cache,
+    /// Redis, if there is one.
+    pub redis: Option<Redis>,
+    /// The database.
+    pub database: Database,
+    /// Least severe level that is logged.
+    pub log_level: String,
+}
+
+/// How HTTP is served.
+#[derive(Clone, Debug)]
+pub struct Http {
+    /// TCP port on 127.0.0.1; 0 = any free one.
+    pub port: u16,
+    /// First path segment of HTTP functions, `api` unless host.json says otherwise; may be empty.
+    pub route_prefix: String,
+    /// Worker threads.
+    pub workers: usize,
+    /// `Cache-Control` header of products.
+    pub cache_control: String,
+    /// How long a stop waits for requests in flight.
+    pub drain: Duration,
+    /// Bound of a whole GET.
+    pub request_timeout: Duration,
+}
+
+/// How InvalidateCache works.
+#[derive(Clone, Debug)]
+pub struct Invalidate {
+    /// How long one call retries Redis before it fails.
+    pub budget: Duration,
+    /// Largest request body.
+    pub max_body_bytes: usize,
+}
+
+/// How long things are kept, and how much.
+#[derive(Clone, Debug)]
+pub struct Cache {
+    /// How long an entry in memory is fresh.
+    pub l1_duration: Duration,
+    /// How long an entry in Redis is fresh.
+    pub l2_duration: Duration,
+    /// How long "absent" is fresh, at both levels.
+    pub absent_duration: Duration,
+    /// Largest share, 0..1, by which a duration is shortened.
+    pub jitter: f64,
+    /// Bound of memory.
+    pub l1_max_bytes: u64,
+    /// Larger bodies are not stored.
+    pub max_body_bytes: usize,
+    /// How old a stale copy may be.
+    pub fail_safe_max: Duration,
+    /// Pause between two attempts to load a key whose load failed.
+    pub fail_safe_throttle: Duration,
+    /// How long entries stay fresh while nothing is heard.
+    pub unheard_max: Duration,
+    /// Bound of one load.
+    pub hard_timeout: Duration,
+    /// Bound of one lease.
+    pub lease: Duration,
+    /// How long a read waits for another instance's load.
+    pub lease_wait: Duration,
+}
+
+/// Redis.
+#[derive(Clone, Debug)]
+pub struct Redis {
+    /// Where, and with which password.
+    pub url: Secret,
+    /// Shared connections; the log has one more.
+    pub pool_size: usize,
+    /// First part of every key.
+    pub prefix: String,
+    /// Connect and greeting.
+    pub connect_timeout: Duration,
+    /// One answer.
+    pub response_timeout: Duration,
+    /// Notices kept in the invalidation log.
+    pub log_max_length: u64,
+}
+
+/// The database.
+#[derive(Clone, Debug)]
+pub struct Database {
+    /// Connection string; `None`: the embedded catalogue.
+    pub url: Option<Secret>,
+    /// Bound of the pool.
+    pub max_connections: u32,
+    /// To open a connection, and to wait for one.
+    pub connect_timeout: Duration,
+    /// How often the change feed is read; `None`: never.
+    pub feed_interval: Option<Duration>,
+}
+
+/// Why there is no [`Config`]: every mistake, in the order of the table.
+#[derive(Debug, thiserror::Error)]
+#[error("{} wrong setting{}: {}", mistakes.len(), if mistakes.len() == 1 { "" } else { "s" }, mistakes.join("; "))]
+pub struct ConfigError {
+    /// One sentence per mistake, without the values of secrets.
+    pub mistakes: Vec<String>,
+}
+
+impl Config {
+    /// Reads the process's environment; a standalone start also reads `Values` of `local.settings.json` in the working
+    /// directory, which the environment overrides (as `func start` does).
+    pub fn from_process() -> Result<Self, ConfigError> {
+        let mut mistakes = Vec::new();
+        let mut variables = BTreeMap::new();
+        for (name, value) in std::env::vars_os() {
+            let name = name.to_string_lossy().into_owned();
+            match value.into_string() {
+                Ok(value) => drop(variables.insert(name, value)),
+                Err(_) if is_known(&name) => mistakes.push(format!("{name} is not valid UTF-8")),
+                Err(_) => {}
+            }
+        }
+        let root = variables.get("FUNCTIONS_APP_ROOT_PATH").map_or_else(|| PathBuf::from("."), PathBuf::from);
+        if port_name(&variables).is_none() {
+            match local_settings(Path::new("local.settings.json")) {
+                Ok(values) => {
+                    for (name, value) in values {
+                        variables.entry(name).or_insert(value);
+                    }
+                }
+                Err(mistake) => mistakes.push(mistake),
+            }
+        }
+        match host_json_route_prefix(&root.join("host.json")) {
+            Ok(Some(prefix)) => drop(variables.entry(ROUTE_PREFIX.to_owned()).or_insert(prefix)),
+            Ok(None) => {}
+            Err(mistake) => mistakes.push(mistake),
+        }
+        Self::parse(&variables, mistakes)
+    }
+
+    /// Builds a `Config` from the given variables alone.
+    pub fn from_variables(variables: &BTreeMap<String, String>) -> Result<Self, ConfigError> {
+        Self::parse(variables, Vec::new())
+    }
+
+    fn parse(variables: &BTreeMap<String, String>, mistakes: Vec<String>) -> Result<Self, ConfigError> {
+        let mut read = Reader { variables, mistakes };
+        read.find_misspelled();
+        let duration_s = read.number("CACHE_DURATION_S");
+        let host_port = port_name(variables);
+        let config = Self {
+            role: if host_port.is_some() { Role::Handler } else { Role::Standalone },
+            http: Http {
+                port: read.port(host_port),
+                route_prefix: read.route_prefix(),
+                workers: match read.number("HTTP_WORKERS") {
+                    0 => std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
+                    workers => workers as usize,
+                },
+                cache_control: read.header_value("HTTP_CACHE_CONTROL"),
+                drain: read.seconds("HTTP_DRAIN_S"),
+                request_timeout: read.millis("REQUEST_TIMEOUT_MS"),
+            },
+            invalidate: Invalidate {
+                budget: read.millis("INVALIDATE_BUDGET_MS"),
+                max_body_bytes: read.number("INVALIDATE_MAX_BODY_BYTES") as usize,
+            },
+            cache: Cache {
+                l1_duration: Duration::from_secs(read.number_or("CACHE_L1_DURATION_S", duration_s)),
+                l2_duration: Duration::from_secs(read.number_or("CACHE_L2_DURATION_S", duration_s)),
+                absent_duration: read.seconds("CACHE_ABSENT_DURATION_S"),
+                jitter: read.number("CACHE_JITTER_PERCENT") as f64 / 100.0,
+                l1_max_bytes: read.number("CACHE_L1_MAX_BYTES"),
+                max_body_bytes: read.number("CACHE_MAX_BODY_BYTES") as usize,
+                fail_safe_max: read.seconds("CACHE_FAIL_SAFE_MAX_S"),
+                fail_safe_throttle: read.seconds("CACHE_FAIL_SAFE_THROTTLE_S"),
+                unheard_max: read.seconds("CACHE_UNHEARD_MAX_S"),
+                hard_timeout: read.millis("CACHE_HARD_TIMEOUT_MS"),
+                lease: read.millis("CACHE_LEASE_MS"),
+                lease_wait: read.millis("CACHE_LEASE_WAIT_MS"),
+            },
+            redis: read.redis(),
+            database: Database {
+                url: read.database_url(),
+                max_connections: read.number("DATABASE_MAX_CONNECTIONS") as u32,
+                connect_timeout: read.millis("DATABASE_CONNECT_TIMEOUT_MS"),
+                feed_interval: Some(read.millis("FEED_INTERVAL_MS")).filter(|interval| !interval.is_zero()),
+            },
+            log_level: read.text("LOG_LEVEL").to_ascii_lowercase(),
+        };
+        read.check_together(&config);
+        match read.mistakes.is_empty() {
+            true => Ok(config),
+            false => Err(ConfigError { mistakes: read.mistakes }),
+        }
+    }
+}
+
+/// Reads variables by the table and collects what is wrong with them.
+struct Reader<'a> {
+    variables: &'a BTreeMap<String, String>,
+    mistakes: Vec<String>,
+}
+
+impl Reader<'_> {
+    fn setting(name: &str) -> &'static Setting {
+        SETTINGS.iter().find(|setting| setting.name == name).unwrap_or_else(|| panic!("{name} is not in SETTINGS"))
+    }
+
+    /// The text of a setting: what is set, else its default.
+    fn text(&mut self, name: &str) -> String {
+        let setting = Self::setting(name);
+        let value = self.variables.get(name).map_or("", |value| value.trim());
+        if value.is_empty() {
+            return setting.default.to_owned();
+        }
+        if let Kind::Word(words) = setting.kind
+            && !words.iter().any(|word| word.eq_ignore_ascii_case(value))
+        {
+            self.mistakes.push(format!("{name} is {value:?}, not one of {}", words.join(", ")));
+        }
+        value.to_owned()
+    }
+
+    fn number(&mut self, name: &str) -> u64 {
+        self.number_or(name, 0)
+    }
+
+    /// The number of a setting; `fallback` if neither it nor the table names one.
+    fn number_or(&mut self, name: &str, fallback: u64) -> u64 {
+        let text = self.text(name);
+        let Kind::Number(min, max) = Self::setting(name).kind else { panic!("{name} is not a number") };
+        if text.is_empty() {
+            return fallback;
+        }
+        match text.parse::<u64>() {
+            Ok(number) if (min..=max).contains(&number) => number,
+            _ => {
+                self.mistakes.push(format!("{name} is {text:?}, not a whole number from {min} to {max}"));
+                min
+            }
+        }
+    }
+
+    fn seconds(&mut self, name: &str) -> Duration {
+        Duration::from_secs(self.number(name))
+    }
+
+    fn millis(&mut self, name: &str) -> Duration {
+        Duration::from_millis(self.number(name))
+    }
+
+    fn port(&mut self, host_port: Option<&str>) -> u16 {
+        let Some(name) = host_port else { return self.number("HTTP_PORT") as u16 };
+        let text = self.variables.get(name).map_or("", |text| text.trim());
+        match text.parse::<u16>() {
+            Ok(port) if port > 0 => port,
+            _ => {
+                self.mistakes.push(format!("{name} is {text:?}, not a port from 1 to 65535"));
+                0
+            }
+        }
+    }
+
+    fn route_prefix(&mut self) -> String {
+        let prefix = self.variables.get(ROUTE_PREFIX).map_or("api", |prefix| prefix.trim().trim_matches('/'));
+        if !prefix.chars().all(|c| c.is_ascii_alphanumeric() || "-_.~/".contains(c)) {
+            self.mistakes.push(format!("routePrefix is {prefix:?}, not a plain path"));
+        }
+        prefix.to_owned()
+    }
+
+    fn header_value(&mut self, name: &str) -> String {
+        let value = self.text(name);
+        if !value.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+            self.mistakes.push(format!("{name} has characters that no HTTP header may hold"));
+        }
+        value
+    }
+
+    fn redis(&mut self) -> Option<Redis> {
+        let url = self.text("Redis");
+        let redis = Redis {
+            url: Secret(url.clone()),
+            pool_size: self.number("REDIS_POOL_SIZE") as usize,
+            prefix: self.text("REDIS_PREFIX"),
+            connect_timeout: self.millis("REDIS_CONNECT_TIMEOUT_MS"),
+            response_timeout: self.millis("REDIS_RESPONSE_TIMEOUT_MS"),
+            log_max_length: self.number("REDIS_LOG_MAX_LENGTH"),
+        };
+        if redis.prefix.chars().any(|c| c.is_whitespace() || c.is_control() || "{}".contains(c)) {
+            self.mistakes.push("REDIS_PREFIX has blanks or braces".to_owned());
+        }
+        if url.is_empty() {
+            return None;
+        }
+        // A parser's message may quote the password, so only the form is told.
+        let form = url::Url::parse(&url).ok().filter(|url| url.scheme() == "redis" && url.host().is_some());
+        match form.as_ref().map(url::Url::path) {
+            None => self.mistakes.push("Redis is not of the form redis://[user:password@]host:port".to_owned()),
+            Some("" | "/" | "/0") => {}
+            Some(_) => self.mistakes.push("Redis names a database other than 0, which clusters do not have".to_owned()),
+        }
+        Some(redis)
+    }
+
+    fn database_url(&mut self) -> Option<Secret> {
+        let url = self.text("Sql");
+        if url.is_empty() {
+            return None;
+        }
+        if url.strip_prefix("sqlite:").is_none_or(|file| file.trim_start_matches('/').is_empty()) {
+            self.mistakes.push("Sql is not of the form sqlite:<file>, the only engine there is today".to_owned());
+        }
+        Some(Secret(url))
+    }
+
+    /// A name one or two letters off a setting's is a mistake, not somebody else's variable.
+    fn find_misspelled(&mut self) {
+        for name in self.variables.keys().filter(|name| name.len() >= 8 && !is_known(name)) {
+            let close = SETTINGS
+                .iter()
+                .map(|setting| setting.name)
+                .chain(HOST_NAMES)
+                .find(|known| strsim::damerau_levenshtein(&name.to_uppercase(), &known.to_uppercase()) <= 2);
+            if let Some(known) = close {
+                self.mistakes.push(format!("{name} is not a setting; did you mean {known}?"));
+            }
+        }
+    }
+
+    /// Rules that span settings.
+    fn check_together(&mut self, config: &Config) {
+        let mut rule = |ok: bool, mistake: &str| {
+            if !ok {
+                self.mistakes.push(mistake.to_owned());
+            }
+        };
+        let cache = &config.cache;
+        rule(
+            cache.hard_timeout < cache.lease,
+            "CACHE_HARD_TIMEOUT_MS must be below CACHE_LEASE_MS, else a live load loses its lease",
+        );
+        rule(
+            cache.max_body_bytes as u64 * crate::cache::LARGEST_SHARE <= cache.l1_max_bytes,
+            "CACHE_MAX_BODY_BYTES must be at most an eighth of CACHE_L1_MAX_BYTES, else the largest bodies are never kept",
+        );
+    }
+}
+
+fn is_known(name: &str) -> bool {
+    HOST_NAMES.contains(&name) || SETTINGS.iter().any(|setting| setting.name == name)
+}
+
+/// The variable by which a Functions host gives the port, if one does; the newer name wins.
+fn port_name(variables: &BTreeMap<String, String>) -> Option<&'static str> {
+    HOST_NAMES[..2].iter().find(|name| variables.contains_key(**name)).copied()
+}
+
+/// The `Values` of a `local.settings.json`; empty if there is no such file.
+fn local_settings(path: &Path) -> Result<BTreeMap<String, String>, String> {
+    let Some(mut json) = read_json(path)? else { return Ok(BTreeMap::new()) };
+    if json.get("IsEncrypted") != Some(&serde_json::Value::Bool(false)) {
+        return Err(format!("{}: \"IsEncrypted\" must be false (a missing one means true)", path.display()));
+    }
+    serde_json::from_value(json["Values"].take())
+        .map_err(|_| format!("{}: \"Values\" must be an object of strings", path.display()))
+}
+
+/// `extensions.http.routePrefix` of a host.json, so that the prefix is written down once.
+fn host_json_route_prefix(path: &Path) -> Result<Option<String>, String> {
+    let Some(json) = read_json(path)? else { return Ok(None) };
+    match json.pointer("/extensions/http/routePrefix") {
+        None => Ok(None),
+        Some(serde_json::Value::String(prefix)) => Ok(Some(prefix.clone())),
+        Some(_) => Err(format!("{}: extensions.http.routePrefix must be a string", path.display())),
+    }
+}
+
+fn read_json(path: &Path) -> Result<Option<serde_json::Value>, String> {
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(format!("{} cannot be read: {error}", path.display())),
+    };
+    // Editors on Windows write a byte order mark, and the host accepts it.
+    serde_json::from_str(text.trim_start_matches('\u{feff}'))
+        .map(Some)
+        .map_err(|error| format!("{} is not JSON: line {}, column {}", path.display(), error.line(), error.column()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(pairs: &[(&str, &str)]) -> Result<Config, ConfigError> {
+        Config::from_variables(&pairs.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect())
+    }
+
+    #[test]
+    fn nothing_set_is_a_standalone_start_with_documented_defaults() {
+        let config = parse(&[]).expect("defaults are valid");
+        assert_eq!(config.role, Role::Standalone);
+        assert_eq!((config.http.port, config.http.route_prefix.as_str()), (7071, "api"));
+        assert_eq!(config.cache.l1_duration, Duration::from_secs(300));
+        assert!(config.redis.is_none() && config.database.url.is_none());
+    }
+
+    #[test]
+    fn every_default_is_valid_for_its_own_setting() {
+        for setting in SETTINGS.iter().filter(|setting| !setting.default.is_empty()) {
+            parse(&[(setting.name, setting.default)]).unwrap_or_else(|error| panic!("{}: {error}", setting.name));
+        }
+    }
+
+    #[test]
+    fn level_durations_follow_the_common_one_until_set_apart() {
+        let config = parse(&[("CACHE_DURATION_S", "60"), ("CACHE_L2_DURATION_S", "600")]).expect("valid");
+        assert_eq!(config.cache.l1_duration, Duration::from_secs(60));
+        assert_eq!(config.cache.l2_duration, Duration::from_secs(600));
+    }
+
+    #[test]
+    fn the_newer_port_variable_wins() {
+        let both = [("FUNCTIONS_HTTPWORKER_PORT", "4001"), ("FUNCTIONS_CUSTOMHANDLER_PORT", "4002")];
+        let config = parse(&both).expect("valid");
+        assert_eq!((config.role, config.http.port), (Role::Handler, 4002));
+        assert_eq!(parse(&both[..1]).expect("valid").http.port, 4001);
+    }
+
+    #[test]
+    fn every_mistake_is_named_in_one_message_and_no_secret_is() {
+        let error = parse(&[
+            ("FUNCTIONS_CUSTOMHANDLER_PORT", "seven"),
+            ("CACHE_DURATION_S", "5m"),
+            ("CACHE_JITTER_PERCENT", "91"),
+            ("CACHE_DURATON_S", "60"),
+            ("CACHE_HARD_TIMEOUT_MS", "20000"),
+            ("HTTP_CACHE_CONTROL", "no\ncache"),
+            ("LOG_LEVEL", "loud"),
+            ("Redis", "hunter2@nowhere"),
+            ("Sql", "Server=x;Password=hunter2"),
+            ("REDIS_PREFIX", "a b"),
+        ])
+        .expect_err("ten mistakes");
+        let message = error.to_string();
+        for name in [
+            "FUNCTIONS_CUSTOMHANDLER_PORT is \"seven\"",
+            "CACHE_DURATION_S is \"5m\"",
+            "CACHE_JITTER_PERCENT is \"91\"",
+            "CACHE_DURATON_S is not a setting; did you mean CACHE_DURATION_S?",
+            "CACHE_HARD_TIMEOUT_MS must be below",
+            "HTTP_CACHE_CONTROL has characters",
+            "LOG_LEVEL is \"loud\"",
+            "Redis is not of the form",
+            "Sql is not of the form",
+            "REDIS_PREFIX has blanks",
+        ] {
+            assert!(message.contains(name), "{name} is missing in: {message}");
+        }
+        assert_eq!(error.mistakes.len(), 10, "{message}");
+        assert!(!message.contains("hunter2"), "{message}");
+    }
+
+    #[test]
+    fn a_config_shown_for_debugging_hides_its_secrets() {
+        let config = parse(&[("Redis", "redis://:hunter2@127.0.0.1:1"), ("Sql", "sqlite:hunter2.db")]).expect("valid");
+        assert!(!format!("{config:?}").contains("hunter2"));
+    }
+
+    #[test]
+    fn local_settings_are_read_as_core_tools_reads_them() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("local.settings.json");
+        let read = |text: &str| {
+            std::fs::write(&path, text).expect("written");
+            local_settings(&path)
+        };
+        let values = read("\u{feff}{\"IsEncrypted\": false, \"Values\": {\"Sql\": \"sqlite:a\"}}").expect("valid");
+        assert_eq!(values["Sql"], "sqlite:a");
+        assert!(read("{\"Values\": {}}").expect_err("encrypted").contains("IsEncrypted"));
+        assert!(read("{\"IsEncrypted\": false, \"Values\": {\"A\": 1}}").expect_err("number").contains("strings"));
+        assert!(read("{").expect_err("cut").contains("not JSON: line 1"));
+        std::fs::remove_file(&path).expect("removed");
+        assert!(local_settings(&path).expect("no file is fine").is_empty());
+    }
+}

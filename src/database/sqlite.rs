@@ -1,0 +1,240 @@
+//! SQLite: the embedded engine, a file that any SQLite client may edit while the program runs.
+//!
+//! Owns opening (file, else memory), the schema script and the decoding of SQLite's loose types. Money and weights are
+//! TEXT, because SQLite's numbers are floats. Invariant: commits are serialised, so change versions are in commit order.
+
+use std::{
+    collections::BTreeSet,
+    path::Path,
+    str::FromStr,
+    sync::atomic::{AtomicUsize, Ordering},
+};
+
+use chrono::{NaiveDate, NaiveDateTime};
+use rust_decimal::{Decimal, RoundingStrategy};
+use sqlx::{
+    AssertSqlSafe, ConnectOptions, Connection, Row as _, SqliteConnection, SqlitePool,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous},
+};
+use tokio::sync::{Mutex, OnceCell};
+
+use super::{Changes, Error, Kind, Row, Table, Value};
+use crate::config;
+
+/// Tables, seed rows and triggers of the embedded catalogue.
+const SCHEMA: &str = include_str!("../../sql/sqlite.sql");
+/// File of the embedded catalogue, in the working directory.
+const DEFAULT_FILE: &str = "product-cache.db";
+/// Changes read at once: bounds memory; more is asked for at once.
+const FEED_PAGE: i64 = 10_000;
+/// Tells in-memory databases of one process apart.
+static NEXT_MEMORY: AtomicUsize = AtomicUsize::new(0);
+
+pub(super) struct Sqlite {
+    config: config::Database,
+    opened: OnceCell<Opened>,
+}
+
+struct Opened {
+    pool: SqlitePool,
+    what: String,
+    /// A database in memory lives as long as one connection does, and a cancelled query closes the pool's.
+    _keeper: Option<Mutex<SqliteConnection>>,
+}
+
+impl Sqlite {
+    pub(super) fn new(config: &config::Database) -> Self {
+        Self { config: config.clone(), opened: OnceCell::new() }
+    }
+
+    pub(super) async fn open(&self) -> Result<String, Error> {
+        Ok(self.opened().await?.what.clone())
+    }
+
+    pub(super) async fn close(&self) {
+        if let Some(opened) = self.opened.get() {
+            opened.pool.close().await;
+        }
+    }
+
+    pub(super) async fn rows(&self, table: &'static Table, keys: &[i64]) -> Result<Vec<Row>, Error> {
+        let columns: Vec<_> = table.columns.iter().map(|(name, _)| *name).collect();
+        let select = format!("SELECT {}, {} FROM {}", table.key, columns.join(", "), table.name);
+        let pool = &self.opened().await?.pool;
+        let rows = match keys {
+            [key] => {
+                let sql = AssertSqlSafe(format!("{select} WHERE {} = ?1", table.key));
+                sqlx::query(sql).bind(*key).fetch_all(pool).await
+            }
+            keys => {
+                // One statement for any number of keys, so that it is prepared once.
+                let sql = AssertSqlSafe(format!("{select} WHERE {} IN (SELECT value FROM json_each(?1))", table.key));
+                let keys = serde_json::to_string(keys).unwrap_or_default();
+                sqlx::query(sql).bind(keys).fetch_all(pool).await
+            }
+        };
+        rows.map_err(unavailable)?.iter().map(|row| decode(table, row)).collect()
+    }
+
+    pub(super) async fn latest_change(&self, table: &'static Table) -> Result<i64, Error> {
+        // AUTOINCREMENT's own counter survives the pruning of rows.
+        let name = format!("{}_change", table.name);
+        sqlx::query_scalar("SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = ?1), 0)")
+            .bind(name)
+            .fetch_one(&self.opened().await?.pool)
+            .await
+            .map_err(unavailable)
+    }
+
+    pub(super) async fn changes_since(&self, table: &'static Table, position: i64) -> Result<Changes, Error> {
+        let latest = self.latest_change(table).await?;
+        if latest == position {
+            return Ok(Changes { keys: Vec::new(), position, overrun: false, more: false });
+        }
+        let sql = format!(
+            "SELECT version, {} FROM {}_change WHERE version > ?1 AND version <= ?2 ORDER BY version LIMIT ?3",
+            table.key, table.name
+        );
+        let rows: Vec<(i64, i64)> = sqlx::query_as(AssertSqlSafe(sql))
+            .bind(position)
+            .bind(latest)
+            .bind(FEED_PAGE)
+            .fetch_all(&self.opened().await?.pool)
+            .await
+            .map_err(unavailable)?;
+        let (first, last) = match (rows.first(), rows.last()) {
+            (Some((first, _)), Some((last, _))) => (Some(*first), *last),
+            _ => (None, latest),
+        };
+        Ok(Changes {
+            keys: rows.iter().map(|(_, key)| *key).collect::<BTreeSet<_>>().into_iter().collect(),
+            position: last,
+            // Versions are gapless, so a jump means pruned changes; a step back, another database under the same name.
+            overrun: first != Some(position + 1),
+            more: last < latest,
+        })
+    }
+
+    async fn opened(&self) -> Result<&Opened, Error> {
+        self.opened.get_or_try_init(|| open(&self.config)).await
+    }
+}
+
+async fn open(config: &config::Database) -> Result<Opened, Error> {
+    let Some(url) = &config.url else {
+        let file = SqliteConnectOptions::new().filename(DEFAULT_FILE);
+        return match open_file(config, file, DEFAULT_FILE).await {
+            Ok(opened) => Ok(opened),
+            Err(error) if is_unwritable(&error) => open_memory(config).await.map_err(unavailable),
+            Err(error) => Err(unavailable(error)),
+        };
+    };
+    let options = SqliteConnectOptions::from_str(url.reveal()).map_err(unavailable)?;
+    let file = options.get_filename().to_path_buf();
+    open_file(config, options, &file.display().to_string()).await.map_err(unavailable)
+}
+
+async fn open_file(config: &config::Database, file: SqliteConnectOptions, name: &str) -> sqlx::Result<Opened> {
+    let options = file
+        .create_if_missing(true)
+        .journal_mode(SqliteJournalMode::Wal) // readers do not wait for a writer
+        .synchronous(SqliteSynchronous::Normal)
+        .busy_timeout(config.connect_timeout)
+        .disable_statement_logging();
+    create(&options).await?;
+    let what = std::path::absolute(Path::new(name)).map_or_else(|_| name.to_owned(), |path| path.display().to_string());
+    Ok(Opened { pool: pool(config, options), what: format!("SQLite file {what}"), _keeper: None })
+}
+
+async fn open_memory(config: &config::Database) -> sqlx::Result<Opened> {
+    // The memdb VFS shares a database between the connections of one process if its name begins with a slash.
+    let name = format!("/product-cache-{}", NEXT_MEMORY.fetch_add(1, Ordering::Relaxed));
+    let options = SqliteConnectOptions::new()
+        .filename(name)
+        .vfs("memdb")
+        .busy_timeout(config.connect_timeout)
+        .disable_statement_logging();
+    let keeper = create(&options).await?;
+    let what = "SQLite in memory, because the working directory cannot be written: edits end with the process";
+    Ok(Opened { pool: pool(config, options), what: what.to_owned(), _keeper: Some(Mutex::new(keeper)) })
+}
+
+fn pool(config: &config::Database, options: SqliteConnectOptions) -> SqlitePool {
+    SqlitePoolOptions::new()
+        .max_connections(config.max_connections)
+        .acquire_timeout(config.connect_timeout)
+        .test_before_acquire(false) // a file needs no ping
+        .connect_lazy_with(options)
+}
+
+/// Creates and seeds the tables if they are not there. Several processes may do so at once: the first one wins.
+async fn create(options: &SqliteConnectOptions) -> sqlx::Result<SqliteConnection> {
+    let mut connection = options.connect().await?;
+    let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
+    let exists: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND name = 'product'")
+            .fetch_one(&mut *transaction)
+            .await?;
+    if exists == 0 {
+        sqlx::raw_sql(SCHEMA).execute(&mut *transaction).await?;
+    }
+    transaction.commit().await?;
+    Ok(connection)
+}
+
+/// Whether a file could not be made or written, as opposed to being broken or busy.
+fn is_unwritable(error: &sqlx::Error) -> bool {
+    // SQLite's primary result codes READONLY (8), IOERR (10), CANTOPEN (14); the low byte of an extended code.
+    let sqlx::Error::Database(error) = error else { return false };
+    let code = error.code().and_then(|code| code.parse::<u32>().ok());
+    matches!(code.map(|code| code & 0xff), Some(8 | 10 | 14))
+}
+
+fn unavailable(error: sqlx::Error) -> Error {
+    Error::Unavailable(error.to_string())
+}
+
+fn decode(table: &'static Table, row: &SqliteRow) -> Result<Row, Error> {
+    let key: i64 = row.try_get_unchecked(0).map_err(unavailable)?;
+    let values = table.columns.iter().enumerate().map(|(index, (column, kind))| {
+        decode_value(row, index + 1, *kind).map_err(|problem| Error::Row { key, column, problem })
+    });
+    Ok(Row { key, values: values.collect::<Result<_, _>>()? })
+}
+
+fn decode_value(row: &SqliteRow, index: usize, kind: Kind) -> Result<Option<Value>, String> {
+    fn get<'r, T>(row: &'r SqliteRow, index: usize) -> Result<Option<T>, String>
+    where
+        T: sqlx::Decode<'r, sqlx::Sqlite> + sqlx::Type<sqlx::Sqlite>,
+    {
+        row.try_get_unchecked(index).map_err(|_| "cannot be decoded".to_owned())
+    }
+    let text = |of: fn(String, Kind) -> Result<Value, String>| {
+        get::<String>(row, index)?.map(|text| of(text, kind)).transpose()
+    };
+    match kind {
+        Kind::Integer => Ok(get(row, index)?.map(Value::Integer)),
+        Kind::Binary => Ok(get(row, index)?.map(Value::Binary)),
+        Kind::Text => text(|text, _| Ok(Value::Text(text))),
+        Kind::Guid => text(|text, _| Ok(Value::Guid(text.to_ascii_lowercase()))),
+        Kind::DateTime => text(|text, _| date_time(&text).map(Value::DateTime).ok_or("is not a date".to_owned())),
+        Kind::Decimal(_) => text(decimal),
+    }
+}
+
+fn decimal(text: String, kind: Kind) -> Result<Value, String> {
+    let Kind::Decimal(scale) = kind else { return Err("is not a decimal".to_owned()) };
+    let mut value = Decimal::from_str(&text).map_err(|_| "is not a decimal")?;
+    // What SQL Server does when a longer decimal is stored in a money column.
+    value = value.round_dp_with_strategy(scale, RoundingStrategy::MidpointAwayFromZero);
+    value.rescale(scale);
+    Ok(Value::Decimal(value))
+}
+
+/// `YYYY-MM-DD`, a `T` or a blank, `HH:MM:SS` with up to seven more digits; or the date alone.
+fn date_time(text: &str) -> Option<NaiveDateTime> {
+    ["%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f"]
+        .iter()
+        .find_map(|format| NaiveDateTime::parse_from_str(text, format).ok())
+        .or_else(|| NaiveDate::from_str(text).ok()?.and_hms_opt(0, 0, 0))
+}

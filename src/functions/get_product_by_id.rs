@@ -1,0 +1,360 @@
+//! `GET /api/GetProductById?productid=680`: one product, or an array for several ids.
+//!
+//! Owns the request (ids, freshness, conditions) and the response with its headers; what is sent comes ready from the
+//! cache. Invariant (S4): `Cache-Status` tells which level answered, and whether the answer is fresh.
+
+use std::{fmt::Write, time::Duration};
+
+use actix_web::{
+    HttpRequest, HttpResponse,
+    http::header::{self, HeaderMap, HeaderValue},
+};
+use bytes::{Bytes, BytesMut};
+
+use super::{App, error::Error};
+use crate::{
+    cache::{
+        Answer, Entry, Failure, Key, Level, Stale,
+        entry::{Body, etag},
+    },
+    product::{self, ProductId},
+};
+
+/// Ids in one request: a hundred products with photos are some 300 kB, and one query for them takes milliseconds.
+const MOST_IDS: usize = 100;
+const PARAMETER: &str = "productid";
+const CACHE_STATUS: &str = "cache-status";
+const JSON: HeaderValue = HeaderValue::from_static("application/json; charset=utf-8");
+
+/// Answers GET and HEAD.
+pub(super) async fn handle(app: &App, request: &HttpRequest) -> Result<HttpResponse, Error> {
+    let asked = Asked::parse(request.query_string()).map_err(|detail| Error::BadRequest(detail.to_owned()))?;
+    let max_age = max_age(request.headers());
+    match asked {
+        Asked::One(id) => {
+            let key = key(id);
+            let answer = match app.cache.get(&key, max_age) {
+                Some(answer) => answer,
+                None => load(app, &[key], max_age).await.remove(0)?,
+            };
+            app.counts.count(&answer);
+            Ok(one(app, request, id, &answer, max_age))
+        }
+        Asked::Many(ids) => {
+            let keys: Vec<_> = ids.iter().copied().map(key).collect();
+            let answers = load(app, &keys, max_age).await.into_iter().collect::<Result<Vec<_>, _>>()?;
+            answers.iter().for_each(|answer| app.counts.count(answer));
+            Ok(many(app, request, &answers, max_age))
+        }
+    }
+}
+
+fn key(id: ProductId) -> Key {
+    Key::new(product::KIND, i64::from(id.number()))
+}
+
+/// Loads within the request's deadline; what is late is answered with its last known entry.
+async fn load(app: &App, keys: &[Key], max_age: Option<Duration>) -> Vec<Result<Answer, Failure>> {
+    let load = app.cache.get_or_load(keys, max_age, &app.load);
+    match tokio::time::timeout(app.config.http.request_timeout, load).await {
+        Ok(answers) => answers,
+        Err(_) => {
+            tracing::error!(keys = keys.len(), "a request reached its deadline");
+            let late = || Failure::Unavailable("deadline".to_owned());
+            keys.iter().map(|key| app.cache.get_stale(key).ok_or_else(late)).collect()
+        }
+    }
+}
+
+fn one(app: &App, request: &HttpRequest, id: ProductId, answer: &Answer, max_age: Option<Duration>) -> HttpResponse {
+    let (ttl_s, age_s) = (answer.ttl_s(), answer.age().as_secs());
+    let status = cache_status(app, answer, ttl_s, max_age, "");
+    let mut response = match answer.entry() {
+        Entry::Absent => {
+            let mut response =
+                Error::NotFound(format!("there is no product {}", id.number())).response(super::invocation(request));
+            response.headers_mut().insert(header::AGE, HeaderValue::from(age_s));
+            response.headers_mut().insert(header::HeaderName::from_static(CACHE_STATUS), status);
+            return response;
+        }
+        Entry::Found(body) if matches_etag(request.headers(), &body.etag) => not_modified(&body.etag),
+        Entry::Found(body) => ok(body.bytes.clone(), &body.etag),
+    };
+    let headers = response.headers_mut();
+    if let Entry::Found(Body { last_modified: Some(date), .. }) = answer.entry() {
+        headers.insert(header::LAST_MODIFIED, shared_value(date));
+    }
+    finish(app, response, status, age_s)
+}
+
+fn many(app: &App, request: &HttpRequest, answers: &[Answer], max_age: Option<Duration>) -> HttpResponse {
+    let mut body = BytesMut::with_capacity(answers.iter().map(|answer| element(answer).len() + 1).sum::<usize>() + 1);
+    let mut separator: &[u8] = b"[";
+    for answer in answers {
+        body.extend_from_slice(separator);
+        body.extend_from_slice(element(answer));
+        separator = b",";
+    }
+    body.extend_from_slice(b"]");
+    let etag = etag([&body[..]]);
+
+    // The whole is as fresh as its stalest part and came from as far as its farthest.
+    let farthest = answers.iter().max_by_key(|answer| (answer.how().stale.is_some(), answer.how().level));
+    let ttl_s = answers.iter().map(Answer::ttl_s).min().unwrap_or(0);
+    let age_s = answers.iter().map(|answer| answer.age().as_secs()).max().unwrap_or(0);
+    let count = |level| answers.iter().filter(|answer| answer.how().level == level).count();
+    let parts =
+        format!("memory {}, redis {}, database {}", count(Level::Memory), count(Level::Redis), count(Level::Database));
+    let status = farthest
+        .map_or(HeaderValue::from_static("L1; hit"), |answer| cache_status(app, answer, ttl_s, max_age, &parts));
+    let response = match matches_etag(request.headers(), &etag) {
+        true => not_modified(&etag),
+        false => ok(body.freeze(), &etag),
+    };
+    finish(app, response, status, age_s)
+}
+
+fn ok(body: Bytes, etag: &Bytes) -> HttpResponse {
+    HttpResponse::Ok()
+        .insert_header((header::CONTENT_TYPE, JSON))
+        .insert_header((header::ETAG, shared_value(etag)))
+        .body(body)
+}
+
+fn not_modified(etag: &Bytes) -> HttpResponse {
+    HttpResponse::NotModified().insert_header((header::ETAG, shared_value(etag))).finish()
+}
+
+fn finish(app: &App, mut response: HttpResponse, cache_status: HeaderValue, age_s: u64) -> HttpResponse {
+    let headers = response.headers_mut();
+    headers.insert(header::CACHE_CONTROL, app.cache_control.clone());
+    headers.insert(header::AGE, HeaderValue::from(age_s));
+    headers.insert(header::HeaderName::from_static(CACHE_STATUS), cache_status);
+    response
+}
+
+/// Our own text, made of visible ASCII.
+fn shared_value(text: &Bytes) -> HeaderValue {
+    HeaderValue::from_maybe_shared(text.clone()).unwrap_or_else(|_| HeaderValue::from_static(""))
+}
+
+/// `Cache-Status` (RFC 9211): caches from the database's side to the client's, `L2` being Redis and `L1` memory.
+fn cache_status(app: &App, answer: &Answer, ttl_s: i64, max_age: Option<Duration>, parts: &str) -> HeaderValue {
+    let how = answer.how();
+    // The request's own directive, or no usable copy.
+    let forward = if max_age.is_some() { "request" } else { "miss" };
+    let mut status = String::with_capacity(80);
+    let _ = match (how.level, how.stale) {
+        (Level::Memory, None) => write!(status, "L1; hit; ttl={ttl_s}"),
+        (_, Some(Stale::DatabaseFailed)) => write!(status, "L1; hit; ttl={ttl_s}; detail=database-failed"),
+        (Level::Redis, None) => write!(status, "L2; hit; ttl={ttl_s}, L1; fwd={forward}"),
+        (Level::Database, None) if app.config.redis.is_some() => write!(status, "L2; fwd={forward}, L1; fwd={forward}"),
+        (Level::Database, None) => write!(status, "L1; fwd={forward}"),
+    };
+    if how.stored {
+        status.push_str("; stored");
+    }
+    if how.collapsed {
+        status.push_str("; collapsed");
+    }
+    if !parts.is_empty() {
+        let _ = write!(status, "; detail=\"{parts}\"");
+    }
+    HeaderValue::from_maybe_shared(Bytes::from(status)).unwrap_or_else(|_| HeaderValue::from_static("L1"))
+}
+
+/// The oldest answer the caller accepts: `no-cache` → none that exists already; `max-age=N` → younger than N seconds.
+fn max_age(headers: &HeaderMap) -> Option<Duration> {
+    let directives = headers.get_all(header::CACHE_CONTROL).filter_map(|value| value.to_str().ok());
+    directives
+        .flat_map(|value| value.split(','))
+        .filter_map(|directive| {
+            let (name, argument) = directive.split_once('=').unwrap_or((directive, ""));
+            match name.trim() {
+                name if name.eq_ignore_ascii_case("no-cache") => Some(0),
+                name if name.eq_ignore_ascii_case("max-age") => argument.trim().trim_matches('"').parse().ok(),
+                _ => None,
+            }
+        })
+        .min()
+        .map(Duration::from_secs)
+}
+
+/// Whether `If-None-Match` lists this tag (weak comparison, RFC 9110 section 13.1.2) or is `*`.
+fn matches_etag(headers: &HeaderMap, etag: &[u8]) -> bool {
+    // Our tags are 32 hex digits in quotes, so one that occurs in the list is an element of the list.
+    headers.get_all(header::IF_NONE_MATCH).any(|value| {
+        let value = value.as_bytes().trim_ascii();
+        value == b"*" || value.windows(etag.len()).any(|part| part == etag)
+    })
+}
+
+/// What a query asks for.
+#[derive(Debug, PartialEq, Eq)]
+enum Asked {
+    One(ProductId),
+    Many(Vec<ProductId>),
+}
+
+impl Asked {
+    /// Reads `productid`, in whatever case; several ids are separated by commas, or the parameter is repeated (which a
+    /// forwarding host turns into the former).
+    fn parse(query: &str) -> Result<Self, &'static str> {
+        let mut ids = Vec::new();
+        for (name, value) in url::form_urlencoded::parse(query.as_bytes()) {
+            if !name.eq_ignore_ascii_case(PARAMETER) {
+                continue;
+            }
+            for text in value.split(',') {
+                if ids.len() == MOST_IDS {
+                    return Err("at most 100 ids may be asked for at once");
+                }
+                let id = ProductId::parse(text);
+                ids.push(id.ok_or("productid must be a whole number from 1 to 2147483647, or several with commas")?);
+            }
+        }
+        match ids[..] {
+            [] => Err("the query has no productid"),
+            [id] => Ok(Self::One(id)),
+            _ => Ok(Self::Many(ids)),
+        }
+    }
+}
+
+/// What stands for an entry in an array.
+fn element(answer: &Answer) -> &[u8] {
+    match answer.entry() {
+        Entry::Found(body) => &body.bytes,
+        Entry::Absent => b"null",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn id(number: i32) -> ProductId {
+        ProductId::parse(&number.to_string()).expect("positive")
+    }
+
+    #[test]
+    fn one_id_is_one_product_and_several_are_a_batch_however_they_are_written() {
+        for query in
+            ["productid=680", "ProductID=680", "x=1&PRODUCTID=680&code=s", "%70roductid=68%30", "&&productid=680&"]
+        {
+            assert_eq!(Asked::parse(query), Ok(Asked::One(id(680))), "{query}");
+        }
+        for query in [
+            "productid=680,706,680",
+            "productid=680%2C706%2C680",
+            "productid=680%2c706&ProductId=680",
+            "productid=680&productid=706&productid=680",
+        ] {
+            assert_eq!(Asked::parse(query), Ok(Asked::Many(vec![id(680), id(706), id(680)])), "{query}");
+        }
+    }
+
+    #[test]
+    fn anything_else_is_refused() {
+        for query in [
+            "",
+            "productid",
+            "productid=",
+            "id=680",
+            "productid=abc",
+            "productid=1.5",
+            "productid=%2B1",
+            "productid=+1",
+            "productid=%20680",
+            "productid=680%20",
+            "productid=007",
+            "productid=0",
+            "productid=-1",
+            "productid=2147483648",
+            "productid=680,",
+            "productid=,680",
+            "productid=680,,706",
+            "productid=680&productid=",
+            "productid=680;706",
+            "productid=%D9%A6",
+            "productid=%00",
+            "productid=%FF",
+            "productid=680%00",
+        ] {
+            assert!(Asked::parse(query).is_err(), "{query}");
+        }
+    }
+
+    #[test]
+    fn a_hundred_ids_are_a_batch_and_one_more_is_too_many() {
+        let query =
+            |count: i32| format!("productid={}", (1..=count).map(|n| n.to_string()).collect::<Vec<_>>().join(","));
+        assert!(matches!(Asked::parse(&query(100)), Ok(Asked::Many(ids)) if ids.len() == 100));
+        assert!(Asked::parse(&query(101)).is_err());
+    }
+
+    #[test]
+    fn request_cache_control_bounds_the_age() {
+        let parse = |values: &[&'static str]| {
+            let mut headers = HeaderMap::new();
+            for value in values {
+                headers.append(header::CACHE_CONTROL, HeaderValue::from_static(value));
+            }
+            max_age(&headers).map(|age| age.as_secs())
+        };
+        assert_eq!(parse(&[]), None);
+        assert_eq!(parse(&["no-store, only-if-cached"]), None);
+        assert_eq!(parse(&["no-cache"]), Some(0));
+        assert_eq!(parse(&["No-Cache"]), Some(0));
+        assert_eq!(parse(&["max-age=30"]), Some(30));
+        assert_eq!(parse(&["max-age = 30 , min-fresh=2"]), Some(30));
+        assert_eq!(parse(&["max-age=\"30\""]), Some(30));
+        assert_eq!(parse(&["max-age=30", "max-age=5"]), Some(5));
+        assert_eq!(parse(&["max-age=30, no-cache"]), Some(0));
+        assert_eq!(parse(&["max-age=-1"]), None);
+        assert_eq!(parse(&["max-age=x"]), None);
+    }
+
+    #[test]
+    fn if_none_match_compares_weakly_and_by_element() {
+        let etag = etag([&b"body"[..]]);
+        let text = String::from_utf8_lossy(&etag).into_owned();
+        let matches = |value: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::IF_NONE_MATCH, HeaderValue::from_str(value).expect("a header value"));
+            matches_etag(&headers, &etag)
+        };
+        assert!(
+            matches(&text)
+                && matches(&format!("W/{text}"))
+                && matches(&format!("\"a\", {text} ,\"b\""))
+                && matches(" * ")
+        );
+        assert!(!matches("\"other\"") && !matches("") && !matches(text.trim_matches('"')));
+        assert!(!matches_etag(&HeaderMap::new(), &etag));
+    }
+
+    proptest! {
+        #[test]
+        fn any_query_is_read_or_refused_without_a_panic(query in "\\PC{0,200}") {
+            let _ = Asked::parse(&query);
+        }
+
+        #[test]
+        fn ids_come_out_as_they_went_in(numbers in prop::collection::vec(1..=i32::MAX, 1..=MOST_IDS), split in any::<bool>()) {
+            let texts: Vec<_> = numbers.iter().map(i32::to_string).collect();
+            let query = match split {
+                true => texts.iter().map(|text| format!("ProductId={text}")).collect::<Vec<_>>().join("&"),
+                false => format!("productid={}", texts.join("%2C")),
+            };
+            let ids = match Asked::parse(&query) {
+                Ok(Asked::One(id)) => vec![id],
+                Ok(Asked::Many(ids)) => ids,
+                Err(problem) => panic!("{problem}"),
+            };
+            prop_assert_eq!(ids.into_iter().map(ProductId::number).collect::<Vec<_>>(), numbers);
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! `POST /InvalidateCache`: the SQL trigger's batch of changed products, made stale everywhere.
+//!
+//! Owns the order of things: read the batch, expire what can be read, and only then say so. Invariant (C4, C7): a 2xx
+//! means that Redis and the log have it; anything else makes the host deliver the batch again.
+
+use actix_web::{HttpRequest, HttpResponse, web};
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt;
+
+use super::{
+    App,
+    error::Error,
+    invocation::{self, Changes, Reply},
+};
+use crate::{cache::Key, product};
+
+/// Name of the binding in function.json.
+const BINDING: &str = "changes";
+/// Bodies above this are decoded away from the request threads: 64 KiB take about 0.3 ms.
+const SMALL_BODY: usize = 64 * 1024;
+
+/// Answers POST.
+pub(super) async fn handle(app: &App, request: &HttpRequest, payload: web::Payload) -> Result<HttpResponse, Error> {
+    let body = read_body(request, payload, app.config.invalidate.max_body_bytes).await?;
+    let changes = decode(app, body).await.inspect_err(|error| tracing::error!(%error, "InvalidateCache: refused"))?;
+    let keys: Vec<_> = changes.keys.iter().map(|id| Key::new(product::KIND, *id)).collect();
+    if !keys.is_empty() {
+        let expired = app.cache.expire(&keys, app.config.invalidate.budget).await;
+        expired.inspect_err(|error| tracing::error!(%error, keys = keys.len(), "InvalidateCache: failed"))?;
+    }
+    app.counts.expired(keys.len());
+    if changes.unreadable > 0 {
+        tracing::error!(rows = changes.unreadable, "InvalidateCache: rows without a readable {}", product::TABLE.key);
+        return Err(Error::BadRequest(format!("{} rows have no readable {}", changes.unreadable, product::TABLE.key)));
+    }
+    tracing::info!("expired {} products", keys.len());
+    Ok(HttpResponse::Ok().json(Reply::new(vec![format!("expired {} products", keys.len())])))
+}
+
+async fn decode(app: &App, body: Bytes) -> Result<Changes, Error> {
+    let small = body.len() <= SMALL_BODY;
+    let read = move || invocation::changes(&body, BINDING, product::TABLE.key).map_err(Error::BadRequest);
+    if small {
+        return read();
+    }
+    let decoded = app.background.spawn_blocking(read).await;
+    decoded.unwrap_or_else(|_| Err(Error::Broken("the decoder panicked".to_owned())))
+}
+
+async fn read_body(request: &HttpRequest, mut payload: web::Payload, limit: usize) -> Result<Bytes, Error> {
+    let too_large = || {
+        tracing::error!(limit, "InvalidateCache: the body is larger than INVALIDATE_MAX_BODY_BYTES");
+        Error::TooLarge(limit)
+    };
+    let declared =
+        request.headers().get("content-length").and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+    if declared.is_some_and(|length| length > limit) {
+        return Err(too_large());
+    }
+    let mut body = BytesMut::with_capacity(declared.unwrap_or(0));
+    while let Some(chunk) = payload.next().await {
+        let chunk = chunk.map_err(|_| Error::BadRequest("the body was cut off".to_owned()))?;
+        if body.len() + chunk.len() > limit {
+            return Err(too_large());
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok(body.freeze())
+}

@@ -1,0 +1,274 @@
+//! The functions: one file per function folder, [`App`], which they share, and the routes that lead to them.
+//!
+//! Product and cache meet here and nowhere else. Invariant: whatever a handler does, panics included, the client gets
+//! an answer and the process lives.
+
+mod change_feed;
+mod error;
+mod get_product_by_id;
+mod invalidate_cache;
+mod invocation;
+
+use std::{
+    panic::AssertUnwindSafe,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use actix_web::{HttpRequest, HttpResponse, http::header::HeaderValue, web};
+use futures_util::{FutureExt, future::LocalBoxFuture};
+use serde_json::json;
+use tokio::runtime::Handle;
+
+pub use self::error::Error;
+use crate::{
+    background::{self, Task, keep_running},
+    cache::{Answer, Cache, Entry, Failure, Feed, Key, Level, Load, entry::Body},
+    config::Config,
+    database::Database,
+    product,
+    redis::Redis,
+};
+
+/// What all functions share: one Redis pool (inside the cache), one database pool, one cache.
+pub struct App {
+    config: Config,
+    cache_control: HeaderValue,
+    database: Arc<Database>,
+    cache: Cache,
+    load: Load,
+    counts: Counts,
+    background: Handle,
+    started: Instant,
+}
+
+impl App {
+    /// Builds everything; connects to nothing before it is used. Background work runs on `background`.
+    pub fn start(config: Config, background: &Handle) -> Result<Arc<Self>, redis::RedisError> {
+        let database = Arc::new(Database::new(&config.database));
+        let redis = config.redis.as_ref().map(|redis| Redis::start(redis, background)).transpose()?;
+        let feed = if database.feed_interval().is_some() { Feed::Database } else { Feed::None };
+        let cache = Cache::start(&config.cache, redis.zip(config.redis.as_ref()), feed, &[product::KIND], background);
+        let cache_control = HeaderValue::from_str(&config.http.cache_control);
+        Ok(Arc::new(Self {
+            cache_control: cache_control.unwrap_or_else(|_| HeaderValue::from_static("no-cache")),
+            load: load_products(database.clone()),
+            counts: Counts::default(),
+            background: background.clone(),
+            started: Instant::now(),
+            config,
+            database,
+            cache,
+        }))
+    }
+
+    /// Follows the database's change feed until the task is dropped; `None` if it is off.
+    pub fn follow_changes(self: &Arc<Self>) -> Option<Task> {
+        let interval = self.database.feed_interval()?;
+        let app = self.clone();
+        let follow = move || change_feed::follow(app.clone(), interval);
+        Some(keep_running(&self.background, "change feed", follow))
+    }
+
+    /// The database, for the start screen and the end.
+    pub fn database(&self) -> &Database {
+        &self.database
+    }
+}
+
+/// The only place where products become entries.
+fn load_products(database: Arc<Database>) -> Load {
+    Arc::new(move |keys: Vec<Key>| {
+        let database = database.clone();
+        async move {
+            let ids: Vec<_> = keys.iter().map(Key::id).collect();
+            let products = product::load(&database, &ids).await;
+            let products = products.map_err(|error| Failure::Unavailable(error.to_string()))?;
+            Ok(products.into_iter().map(|product| (Key::new(product::KIND, product.id), entry(product))).collect())
+        }
+        .boxed()
+    })
+}
+
+fn entry(product: product::Product) -> Entry {
+    // A date to come would be refused as a validator (RFC 9110, section 8.8.2.1).
+    let modified = product.modified.filter(|modified| *modified <= chrono::Utc::now().naive_utc());
+    let last_modified = modified.map(|modified| modified.format("%a, %d %b %Y %H:%M:%S GMT").to_string().into());
+    Entry::Found(Body::new(product.json, last_modified))
+}
+
+type Handler = for<'a> fn(&'a App, &'a HttpRequest, web::Payload) -> LocalBoxFuture<'a, Result<HttpResponse, Error>>;
+
+/// What a path leads to.
+struct Route {
+    /// Name of the function's folder.
+    function: &'static str,
+    /// Who may call it, and where.
+    trigger: Trigger,
+    /// Allowed methods, as in an `Allow` header.
+    methods: &'static str,
+    handler: Handler,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Trigger {
+    /// Clients, by way of the host, which passes their path on: `/<prefix>/<function>` in whatever case.
+    Http,
+    /// The host itself: `/<function>`, from this machine.
+    Host,
+}
+
+/// One line per function folder.
+const ROUTES: &[Route] = &[
+    Route {
+        function: "GetProductById",
+        trigger: Trigger::Http,
+        methods: "GET, HEAD",
+        handler: |app, request, _| get_product_by_id::handle(app, request).boxed_local(),
+    },
+    Route {
+        function: "InvalidateCache",
+        trigger: Trigger::Host,
+        methods: "POST",
+        handler: |app, request, payload| invalidate_cache::handle(app, request, payload).boxed_local(),
+    },
+];
+
+/// Makes every request end in [`App`]'s functions.
+pub fn routes(app: Arc<App>) -> impl Fn(&mut web::ServiceConfig) + Clone {
+    move |service| {
+        service.app_data(web::Data::from(app.clone())).default_service(web::to(answer));
+    }
+}
+
+async fn answer(app: web::Data<App>, request: HttpRequest, payload: web::Payload) -> HttpResponse {
+    let outcome = AssertUnwindSafe(dispatch(&app, &request, payload, ROUTES)).catch_unwind().await;
+    let outcome = outcome.unwrap_or_else(|_| Err(Error::Broken("a handler panicked".to_owned())));
+    outcome.unwrap_or_else(|error| {
+        if let Error::Broken(problem) = &error {
+            app.counts.broken.fetch_add(1, Ordering::Relaxed);
+            tracing::error!(problem, invocation = invocation(&request), "a bug");
+        }
+        error.response(invocation(&request))
+    })
+}
+
+async fn dispatch(
+    app: &App,
+    request: &HttpRequest,
+    payload: web::Payload,
+    routes: &[Route],
+) -> Result<HttpResponse, Error> {
+    let path = request.uri().path();
+    if path == "/" {
+        // The host's readiness probe and health ping: answers from memory alone.
+        return Ok(HttpResponse::Ok().json(app.status()));
+    }
+    let nothing_here = || Error::NotFound("there is no such function".to_owned());
+    let prefix = &app.config.http.route_prefix;
+    let route = routes.iter().find(|route| route.matches(path, prefix)).ok_or_else(nothing_here)?;
+    if route.trigger == Trigger::Host && !is_from_host(request) {
+        return Err(nothing_here());
+    }
+    if !route.methods.split(", ").any(|method| method == request.method().as_str()) {
+        return Err(Error::MethodNotAllowed(route.methods));
+    }
+    (route.handler)(app, request, payload).await
+}
+
+impl Route {
+    fn matches(&self, path: &str, prefix: &str) -> bool {
+        let Some(path) = path.strip_prefix('/') else { return false };
+        match self.trigger {
+            Trigger::Host => path == self.function,
+            Trigger::Http => {
+                let path = path.strip_suffix('/').unwrap_or(path);
+                let rest = match path.get(..prefix.len()) {
+                    _ if prefix.is_empty() => Some(path),
+                    Some(start) if start.eq_ignore_ascii_case(prefix) => path[prefix.len()..].strip_prefix('/'),
+                    _ => None,
+                };
+                rest.is_some_and(|rest| rest.eq_ignore_ascii_case(self.function))
+            }
+        }
+    }
+}
+
+/// Whether the Functions host made this request of its own accord: from this machine, to this machine's address, and
+/// not on behalf of somebody else.
+fn is_from_host(request: &HttpRequest) -> bool {
+    let from_loopback = request.peer_addr().is_some_and(|peer| peer.ip().is_loopback());
+    let forwarded = request.headers().keys().any(|name| name.as_str().starts_with("x-forwarded-"));
+    let host = request.headers().get("host").and_then(|host| host.to_str().ok()).unwrap_or_default();
+    let name = host.rsplit_once(':').map_or(host, |(name, _port)| name);
+    let to_loopback = name.eq_ignore_ascii_case("localhost")
+        || name.trim_matches(['[', ']']).parse().is_ok_and(|address: std::net::IpAddr| address.is_loopback());
+    from_loopback && to_loopback && !forwarded
+}
+
+/// The host's id of this invocation, if it is one. Repeated or odd ones are cut, as they come from outside.
+fn invocation(request: &HttpRequest) -> Option<&str> {
+    let id = request.headers().get("x-azure-functions-invocationid")?.to_str().ok()?;
+    Some(id.get(..64).unwrap_or(id)).filter(|id| id.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' '))
+}
+
+/// How often what happened, since the process began.
+#[derive(Default)]
+struct Counts {
+    memory: AtomicU64,
+    redis: AtomicU64,
+    database: AtomicU64,
+    stale: AtomicU64,
+    expired: AtomicU64,
+    broken: AtomicU64,
+}
+
+impl Counts {
+    fn count(&self, answer: &Answer) {
+        let counter = match (answer.how().stale, answer.how().level) {
+            (Some(_), _) => &self.stale,
+            (None, Level::Memory) => &self.memory,
+            (None, Level::Redis) => &self.redis,
+            (None, Level::Database) => &self.database,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn expired(&self, keys: usize) {
+        self.expired.fetch_add(keys as u64, Ordering::Relaxed);
+    }
+}
+
+impl App {
+    /// What `GET /` shows: how the cache is doing, without asking anybody.
+    fn status(&self) -> serde_json::Value {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let (counts, cache) = (&self.counts, self.cache.status());
+        let seconds = |unheard: Option<std::time::Duration>| unheard.map(|unheard| unheard.as_secs_f64());
+        json!({
+            "name": env!("CARGO_PKG_NAME"),
+            "version": env!("CARGO_PKG_VERSION"),
+            "uptimeSeconds": self.started.elapsed().as_secs(),
+            "answers": {
+                "memory": read(&counts.memory), "redis": read(&counts.redis), "database": read(&counts.database),
+                "stale": read(&counts.stale),
+            },
+            "expiredKeys": read(&counts.expired),
+            "bugs": read(&counts.broken) + background::panics(),
+            "memory": { "entries": cache.entries, "bytes": cache.bytes },
+            "redis": cache.redis_connected.map(|connected| json!({
+                "connected": connected,
+                "logPosition": cache.log_position.map(|position| position.to_string()),
+                "logUnheardSeconds": seconds(cache.log_unheard_for),
+                "expiriesQueued": cache.expiries_queued,
+            })),
+            "changeFeed": self.database.feed_interval().map(|interval| json!({
+                "intervalSeconds": interval.as_secs_f64(),
+                "unheardSeconds": seconds(cache.feed_unheard_for),
+            })),
+        })
+    }
+}

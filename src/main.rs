@@ -1,0 +1,132 @@
+//! `handler`: settings → pools → [`App`] → serve → drain. The only place with exit codes.
+
+use std::{io, net::Ipv4Addr, process::ExitCode, sync::Arc};
+
+use actix_web::{App as Actix, HttpServer, http::KeepAlive};
+use product_cache::{
+    config::{Config, Role},
+    functions::{self, App},
+    telemetry,
+};
+use tokio::{runtime::Handle, signal};
+
+/// Wrong settings. The host counts any code but 0 and 200 as an error, restarts twice and then gives up.
+const WRONG_SETTINGS: u8 = 2;
+/// The port could not be bound, or the server failed.
+const CANNOT_SERVE: u8 = 1;
+/// Stopped by a signal while a host may still want us: not 0, which the host takes for "done, do not restart".
+const STOPPED_UNDER_HOST: u8 = 3;
+/// The host keeps idle connections for about a minute; closing one it is about to use would cost a request.
+const KEEP_ALIVE: std::time::Duration = std::time::Duration::from_secs(150);
+
+fn main() -> ExitCode {
+    let config = match Config::from_process() {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("{error}");
+            return WRONG_SETTINGS.into();
+        }
+    };
+    telemetry::init(&config.log_level, config.role);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            tracing::error!(%error, "cannot start threads");
+            return CANNOT_SERVE.into();
+        }
+    };
+    let code = runtime.block_on(run(config));
+    // Loads still under way must not hold the process; their readers are gone.
+    runtime.shutdown_background();
+    code
+}
+
+async fn run(config: Config) -> ExitCode {
+    let (role, http) = (config.role, config.http.clone());
+    let redis = config.redis.is_some();
+    let app = match App::start(config, &Handle::current()) {
+        Ok(app) => app,
+        Err(error) => {
+            tracing::error!(%error, "cannot use the setting Redis");
+            return WRONG_SETTINGS.into();
+        }
+    };
+    let routes = functions::routes(app.clone());
+    let server = HttpServer::new(move || Actix::new().configure(routes.clone()))
+        .workers(http.workers)
+        .keep_alive(KeepAlive::Timeout(KEEP_ALIVE))
+        .shutdown_timeout(http.drain.as_secs())
+        .disable_signals()
+        .bind((Ipv4Addr::LOCALHOST, http.port));
+    let server = match server {
+        Ok(server) => server,
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            tracing::error!("address already in use: 127.0.0.1:{}", http.port);
+            return CANNOT_SERVE.into();
+        }
+        Err(error) => {
+            tracing::error!(%error, "cannot listen on 127.0.0.1:{}", http.port);
+            return CANNOT_SERVE.into();
+        }
+    };
+    let port = server.addrs().first().map_or(http.port, |address| address.port());
+    let server = server.run();
+    let handle = server.handle();
+    let changes = app.follow_changes();
+    tokio::spawn(announce(app.clone(), role, port, http.route_prefix, redis));
+    tokio::spawn(async move {
+        let name = stop_signal().await;
+        tracing::info!("{name}: finishing requests in flight");
+        handle.stop(true).await;
+    });
+    if let Err(error) = server.await {
+        tracing::error!(%error, "the server failed");
+        return CANNOT_SERVE.into();
+    }
+    drop(changes);
+    app.database().close().await;
+    match role {
+        Role::Standalone => ExitCode::SUCCESS,
+        Role::Handler => STOPPED_UNDER_HOST.into(),
+    }
+}
+
+/// Opens the database, after the port is bound, and says how things are: a screen for a person, a line for a host.
+async fn announce(app: Arc<App>, role: Role, port: u16, prefix: String, redis: bool) {
+    let database = match app.database().open().await {
+        Ok(database) => database,
+        Err(error) => {
+            tracing::warn!(%error, "the database cannot be opened yet; requests will try again");
+            "not reachable yet".to_owned()
+        }
+    };
+    let redis = if redis { "on" } else { "off (set Redis to share entries and expiries between instances)" };
+    if role == Role::Handler {
+        tracing::info!(port, database, redis, "ready");
+        return;
+    }
+    let slash = if prefix.is_empty() { "" } else { "/" };
+    println!(
+        "\nproduct-cache {version}\n  listening  http://127.0.0.1:{port}\n  database   {database}\n  Redis      {redis}\n  \
+         try        curl -i 'http://127.0.0.1:{port}{slash}{prefix}/GetProductById?productid=680'\n  stop       Ctrl-C\n",
+        version = env!("CARGO_PKG_VERSION"),
+    );
+}
+
+#[cfg(unix)]
+async fn stop_signal() -> &'static str {
+    let mut terminate = match signal::unix::signal(signal::unix::SignalKind::terminate()) {
+        Ok(terminate) => terminate,
+        Err(_) => return std::future::pending().await,
+    };
+    tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = signal::ctrl_c() => "Ctrl-C",
+    }
+}
+
+#[cfg(not(unix))]
+async fn stop_signal() -> &'static str {
+    let _ = signal::ctrl_c().await;
+    "Ctrl-C"
+}

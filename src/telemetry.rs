@@ -1,0 +1,71 @@
+//! Logs, in the form the Functions host understands: one event per line, errors and warnings on stderr, the rest on stdout.
+//!
+//! The host turns a stdout line into Information, a stderr line that contains "warn" into Warning and any other stderr
+//! line into Error (functions host, `WorkerProcess`). Invariant: an event is one line, whatever its values hold.
+
+use std::io::{self, Write};
+
+use tracing_subscriber::fmt::{MakeWriter, time::Uptime};
+
+use crate::config::Role;
+
+/// Installs the subscriber and the panic hook. A second call in one process (tests) changes nothing.
+pub fn init(level: &str, role: Role) {
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(format!("{level},sqlx=warn,actix_server=warn,actix_http=error"))
+        .with_ansi(false)
+        .with_target(false)
+        .with_writer(Streams);
+    let _ = match role {
+        Role::Handler => builder.without_time().try_init(), // the host stamps each line
+        Role::Standalone => builder.with_timer(Uptime::default()).try_init(),
+    };
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map_or_else(String::new, ToString::to_string);
+        let message = panic.payload_as_str().unwrap_or("no message");
+        tracing::error!(place, "panic: {message}");
+    }));
+}
+
+/// Chooses the stream by level.
+struct Streams;
+
+impl<'a> MakeWriter<'a> for Streams {
+    type Writer = Line;
+
+    fn make_writer(&'a self) -> Line {
+        Line(Box::new(io::stdout()))
+    }
+
+    fn make_writer_for(&'a self, event: &tracing::Metadata<'_>) -> Line {
+        match *event.level() <= tracing::Level::WARN {
+            true => Line(Box::new(io::stderr())),
+            false => self.make_writer(),
+        }
+    }
+}
+
+/// Writes one event as one line: line breaks inside it become the two characters `\n`.
+struct Line(Box<dyn Write>);
+
+impl Write for Line {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        let inner = event.strip_suffix(b"\n").unwrap_or(event);
+        let mut line = Vec::with_capacity(event.len());
+        for &byte in inner {
+            match byte {
+                b'\n' => line.extend_from_slice(b"\\n"),
+                b'\r' => line.extend_from_slice(b"\\r"),
+                byte => line.push(byte),
+            }
+        }
+        line.push(b'\n');
+        // A closed stdout (`handler | head`) must not turn every event into a panic or an error.
+        let _ = self.0.write_all(&line);
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
