@@ -1,1 +1,14 @@
-fn main() {}
+//! The tests that need a process, a server or a socket: one binary, so that it is linked once.
+//!
+//! `support` starts private servers on free ports, breaks connections, and stands in for the Functions host.
+
+#![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
+
+mod support;
+
+mod cache;
+mod coherence;
+mod get_product_by_id;
+mod invalidate_cache;
+mod repository;
+mod startup;

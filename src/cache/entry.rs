@@ -1,7 +1,7 @@
 //! What is stored: an [`Entry`], the bytes that are sent or "absent", and its form in Redis.
 //!
 //! Owns the ETag (made once, when the entry is made) and the envelope around stored bytes. Invariant: bytes that are
-//! not exactly what [`encode`] wrote for this key, by this version, are a miss and never an answer.
+//! not exactly what `encode` wrote for this key, by this version, are a miss and never an answer.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use sha2::{Digest, Sha256};

@@ -294,7 +294,8 @@ impl Guard {
     /// says that the caller knows of such an expiry.
     pub(super) fn land(self, stored: Arc<Stored>, how: How, keep: bool, overtaken: bool) {
         let mut flights = self.memory.flights(&self.key);
-        let overtaken = overtaken || !self.leave(&mut flights);
+        let left_in_time = self.leave(&mut flights);
+        let overtaken = overtaken || !left_in_time;
         let kept = keep && !overtaken && self.memory.accepts(&stored.entry);
         if kept {
             self.memory.entries.insert(self.key, stored.clone());
@@ -323,7 +324,7 @@ impl Guard {
         self.flight.landed.send_replace(Some(Landed { result, overtaken }));
     }
 
-    /// Takes the flight out of the table; `false` if an expiry had already done so.
+    /// Takes the flight out of the table; `false` if an expiry has overtaken it.
     fn leave(&self, flights: &mut HashMap<Key, Arc<Flight>>) -> bool {
         if flights.get(&self.key).is_some_and(|current| Arc::ptr_eq(current, &self.flight)) {
             flights.remove(&self.key);

@@ -40,7 +40,7 @@ pub struct App {
     database: Arc<Database>,
     cache: Cache,
     load: Load,
-    counts: Counts,
+    counts: Arc<Counts>,
     background: Handle,
     started: Instant,
 }
@@ -48,15 +48,15 @@ pub struct App {
 impl App {
     /// Builds everything; connects to nothing before it is used. Background work runs on `background`.
     pub fn start(config: Config, background: &Handle) -> Result<Arc<Self>, redis::RedisError> {
-        let database = Arc::new(Database::new(&config.database));
+        let (database, counts) = (Arc::new(Database::new(&config.database)), Arc::new(Counts::default()));
         let redis = config.redis.as_ref().map(|redis| Redis::start(redis, background)).transpose()?;
         let feed = if database.feed_interval().is_some() { Feed::Database } else { Feed::None };
         let cache = Cache::start(&config.cache, redis.zip(config.redis.as_ref()), feed, &[product::KIND], background);
         let cache_control = HeaderValue::from_str(&config.http.cache_control);
         Ok(Arc::new(Self {
             cache_control: cache_control.unwrap_or_else(|_| HeaderValue::from_static("no-cache")),
-            load: load_products(database.clone()),
-            counts: Counts::default(),
+            load: load_products(database.clone(), counts.clone()),
+            counts,
             background: background.clone(),
             started: Instant::now(),
             config,
@@ -80,9 +80,10 @@ impl App {
 }
 
 /// The only place where products become entries.
-fn load_products(database: Arc<Database>) -> Load {
+fn load_products(database: Arc<Database>, counts: Arc<Counts>) -> Load {
     Arc::new(move |keys: Vec<Key>| {
         let database = database.clone();
+        counts.loads.fetch_add(1, Ordering::Relaxed);
         async move {
             let ids: Vec<_> = keys.iter().map(Key::id).collect();
             let products = product::load(&database, &ids).await;
@@ -222,6 +223,7 @@ struct Counts {
     redis: AtomicU64,
     database: AtomicU64,
     stale: AtomicU64,
+    loads: AtomicU64,
     expired: AtomicU64,
     broken: AtomicU64,
 }
@@ -256,6 +258,7 @@ impl App {
                 "memory": read(&counts.memory), "redis": read(&counts.redis), "database": read(&counts.database),
                 "stale": read(&counts.stale),
             },
+            "loads": read(&counts.loads),
             "expiredKeys": read(&counts.expired),
             "bugs": read(&counts.broken) + background::panics(),
             "memory": { "entries": cache.entries, "bytes": cache.bytes },

@@ -1,0 +1,738 @@
+//! The cache against a real Redis, with a source of truth that can be held back, fail and hang: C1–C7 and S1.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use product_cache::{
+    cache::{Answer, Cache, Entry, Failure, Feed, Key, Level, Load, Stale, entry::Body},
+    config::Config,
+    redis::Redis,
+};
+use tokio::{
+    runtime::Handle,
+    sync::watch,
+    task::JoinHandle,
+    time::{Instant, sleep, timeout},
+};
+
+use crate::support::{
+    PATIENCE, eventually,
+    proxy::{Fault, Proxy},
+    redis::RedisServer,
+};
+
+const KIND: &str = "thing";
+const BUDGET: Duration = Duration::from_secs(10);
+
+fn key(id: i64) -> Key {
+    Key::new(KIND, id)
+}
+
+/// The source of truth that the nodes of a test share: a number per id.
+#[derive(Clone)]
+struct Truth(Arc<Inner>);
+
+struct Inner {
+    values: Mutex<HashMap<i64, u64>>,
+    loads: Mutex<Vec<Vec<i64>>>,
+    begun: AtomicUsize,
+    /// Loads that may end: those up to the first number, and the second one.
+    gate: watch::Sender<(usize, usize)>,
+    failing: AtomicBool,
+    panicking: AtomicBool,
+}
+
+impl Truth {
+    fn new(values: &[(i64, u64)]) -> Self {
+        Self(Arc::new(Inner {
+            values: Mutex::new(values.iter().copied().collect()),
+            loads: Mutex::default(),
+            begun: AtomicUsize::new(0),
+            gate: watch::Sender::new((usize::MAX, 0)),
+            failing: AtomicBool::new(false),
+            panicking: AtomicBool::new(false),
+        }))
+    }
+
+    fn set(&self, id: i64, value: u64) {
+        self.0.values.lock().unwrap().insert(id, value);
+    }
+
+    /// From now on loads read their values and then wait.
+    fn hold(&self) {
+        self.0.gate.send_replace((0, 0));
+    }
+
+    fn release(&self) {
+        self.0.gate.send_replace((usize::MAX, 0));
+    }
+
+    /// Lets the `number`th load of all, counted from 1, end before the others.
+    fn release_only(&self, number: usize) {
+        self.0.gate.send_replace((0, number));
+    }
+
+    fn fail(&self, failing: bool) {
+        self.0.failing.store(failing, Ordering::SeqCst);
+    }
+
+    fn loads(&self) -> usize {
+        self.0.loads.lock().unwrap().len()
+    }
+
+    async fn begun(&self, loads: usize) {
+        eventually("a load begins", async || (self.0.begun.load(Ordering::SeqCst) >= loads).then_some(())).await;
+    }
+
+    fn load(&self) -> Load {
+        let truth = self.clone();
+        Arc::new(move |keys| {
+            let truth = truth.clone();
+            Box::pin(async move {
+                let inner = &truth.0;
+                let ids: Vec<_> = keys.iter().map(Key::id).collect();
+                inner.loads.lock().unwrap().push(ids);
+                // As a database does: what is read is what is there when the query begins.
+                let values = inner.values.lock().unwrap().clone();
+                let number = inner.begun.fetch_add(1, Ordering::SeqCst) + 1;
+                let _ = inner.gate.subscribe().wait_for(|(up_to, one)| number <= *up_to || number == *one).await;
+                if inner.panicking.swap(false, Ordering::SeqCst) {
+                    panic!("planted");
+                }
+                if inner.failing.load(Ordering::SeqCst) {
+                    return Err(Failure::Unavailable("planted".to_owned()));
+                }
+                let found = keys.into_iter().filter_map(|key| Some((key, entry(*values.get(&key.id())?))));
+                Ok(found.collect())
+            })
+        })
+    }
+}
+
+fn entry(value: u64) -> Entry {
+    Entry::Found(Body::new(value.to_string().into(), None))
+}
+
+/// One instance's cache.
+struct Node {
+    cache: Arc<Cache>,
+    load: Load,
+}
+
+impl Node {
+    fn new(truth: &Truth, redis_url: Option<&str>, settings: &[(&str, &str)]) -> Self {
+        let mut variables: BTreeMap<String, String> = BTreeMap::new();
+        variables.insert("CACHE_JITTER_PERCENT".into(), "0".into());
+        variables.extend(redis_url.map(|url| ("Redis".to_owned(), url.to_owned())));
+        variables.extend(settings.iter().map(|(name, value)| (name.to_string(), value.to_string())));
+        let config = Config::from_variables(&variables).expect("valid settings");
+        let redis = config.redis.as_ref().map(|redis| (Redis::start(redis, &Handle::current()).unwrap(), redis));
+        let cache = Cache::start(&config.cache, redis, Feed::None, &[KIND], &Handle::current());
+        Self { cache: Arc::new(cache), load: truth.load() }
+    }
+
+    /// A node that hears the log already.
+    async fn hearing(truth: &Truth, redis_url: &str, settings: &[(&str, &str)]) -> Self {
+        let node = Self::new(truth, Some(redis_url), settings);
+        node.until_it_hears().await;
+        node
+    }
+
+    async fn until_it_hears(&self) {
+        eventually("the log is heard", async || {
+            let status = self.cache.status();
+            (status.log_position.is_some() && status.redis_connected == Some(true)).then_some(())
+        })
+        .await;
+    }
+
+    async fn try_read(&self, id: i64) -> Result<Answer, Failure> {
+        if let Some(answer) = self.cache.get(&key(id), None) {
+            return Ok(answer);
+        }
+        self.cache.get_or_load(&[key(id)], None, &self.load).await.remove(0)
+    }
+
+    async fn read(&self, id: i64) -> Answer {
+        self.try_read(id).await.unwrap_or_else(|failure| panic!("{id}: {failure}"))
+    }
+
+    async fn value(&self, id: i64) -> Option<u64> {
+        value(&self.read(id).await)
+    }
+
+    /// Reads as a task, and waits until it is on its way.
+    fn begin(&self, id: i64) -> JoinHandle<Result<Answer, Failure>> {
+        let (cache, load) = (self.cache.clone(), self.load.clone());
+        tokio::spawn(async move { cache.get_or_load(&[key(id)], None, &load).await.remove(0) })
+    }
+}
+
+fn value(answer: &Answer) -> Option<u64> {
+    match answer.entry() {
+        Entry::Found(body) => Some(std::str::from_utf8(&body.bytes).unwrap().parse().unwrap()),
+        Entry::Absent => None,
+    }
+}
+
+async fn ended(task: JoinHandle<Result<Answer, Failure>>) -> Result<Answer, Failure> {
+    timeout(PATIENCE, task).await.expect("the read ends").expect("the read does not panic")
+}
+
+// ---- C1: one load per key and instance -------------------------------------------------------------------------
+
+#[tokio::test]
+async fn a_thousand_readers_of_a_cold_key_share_one_load() {
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::new(&truth, None, &[]);
+    truth.hold();
+    let readers: Vec<_> = (0..1000).map(|_| node.begin(1)).collect();
+    truth.begun(1).await;
+    truth.release();
+    for reader in readers {
+        assert_eq!(value(&ended(reader).await.unwrap()), Some(10));
+    }
+    assert_eq!(truth.loads(), 1);
+    assert_eq!(node.read(1).await.how().level, Level::Memory);
+}
+
+#[tokio::test]
+async fn a_failed_load_is_shared_too_instead_of_being_repeated_by_each_waiter() {
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::new(&truth, None, &[]);
+    truth.fail(true);
+    truth.hold();
+    let readers: Vec<_> = (0..100).map(|_| node.begin(1)).collect();
+    truth.begun(1).await;
+    sleep(Duration::from_millis(50)).await; // the hundred have joined: none of them is polled later than this test is
+    truth.release();
+    for reader in readers {
+        assert!(matches!(ended(reader).await, Err(Failure::Unavailable(_))));
+    }
+    assert_eq!(truth.loads(), 1);
+    truth.fail(false);
+    assert_eq!(node.value(1).await, Some(10), "the failure is not kept");
+}
+
+#[tokio::test]
+async fn a_reader_that_goes_away_ends_neither_the_load_nor_the_others_wait() {
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::new(&truth, None, &[]);
+    truth.hold();
+    let (first, second) = (node.begin(1), node.begin(1));
+    truth.begun(1).await;
+    first.abort();
+    let _ = first.await;
+    truth.release();
+    assert_eq!(value(&ended(second).await.unwrap()), Some(10));
+    assert_eq!(truth.loads(), 1);
+}
+
+#[tokio::test]
+async fn a_load_that_panics_fails_its_readers_and_frees_its_key() {
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::new(&truth, None, &[]);
+    truth.0.panicking.store(true, Ordering::SeqCst);
+    assert!(matches!(node.try_read(1).await, Err(Failure::Broken(_))));
+    assert_eq!(node.value(1).await, Some(10));
+}
+
+#[tokio::test]
+async fn a_load_that_hangs_delays_no_other_key_and_gives_its_own_back() {
+    let truth = Truth::new(&[(1, 10), (2, 20)]);
+    let node = Node::new(&truth, None, &[("CACHE_HARD_TIMEOUT_MS", "300")]);
+    truth.hold();
+    let hung = node.begin(1);
+    truth.begun(1).await;
+    let other = node.begin(2);
+    truth.begun(2).await;
+    truth.release_only(2);
+    assert_eq!(value(&ended(other).await.unwrap()), Some(20), "another key is loaded meanwhile");
+    assert!(matches!(ended(hung).await, Err(Failure::Unavailable(_))), "it gives up");
+    truth.release();
+    assert_eq!(node.value(1).await, Some(10), "and its key is free");
+}
+
+// ---- C3: no stale set -------------------------------------------------------------------------------------------
+
+#[tokio::test]
+async fn a_load_that_began_before_an_expiry_is_neither_kept_nor_shown_to_later_readers() {
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::new(&truth, None, &[]);
+    truth.hold();
+    let early = node.begin(1);
+    truth.begun(1).await;
+    truth.set(1, 11);
+    node.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    let late = node.begin(1);
+    truth.begun(2).await;
+    truth.release_only(2);
+    assert_eq!(value(&ended(late).await.unwrap()), Some(11), "a reader that came after the expiry");
+    truth.release();
+    let early = value(&ended(early).await.unwrap());
+    assert!(matches!(early, Some(10 | 11)), "a reader that came before it may see either: {early:?}");
+    assert_eq!(node.value(1).await, Some(11), "what is kept");
+}
+
+#[tokio::test]
+async fn an_expiry_of_everything_overtakes_loads_too() {
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::new(&truth, None, &[]);
+    truth.hold();
+    let early = node.begin(1);
+    truth.begun(1).await;
+    truth.set(1, 11);
+    node.cache.expire_everything(BUDGET).await.unwrap();
+    let late = node.begin(1);
+    truth.begun(2).await;
+    truth.release_only(2);
+    assert_eq!(value(&ended(late).await.unwrap()), Some(11));
+    truth.release();
+    let _ = ended(early).await;
+    assert_eq!(node.value(1).await, Some(11));
+}
+
+#[tokio::test]
+async fn a_fill_is_refused_by_redis_if_another_instance_expired_the_key_meanwhile() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let a = Node::hearing(&truth, &redis.url(), &[]).await;
+    // B is deaf to the log, so that only the lease can tell it.
+    let proxy = Proxy::start(redis.port).await;
+    let b = Node::hearing(&truth, &proxy.redis_url(), &[]).await;
+    proxy.set(Fault::StallLog);
+    truth.hold();
+    let early = b.begin(1);
+    truth.begun(1).await;
+    let joined = b.begin(1);
+    truth.set(1, 11);
+    a.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    let late = b.begin(1); // joins the load under way, which it must not believe
+    truth.release();
+    assert_eq!(value(&ended(late).await.unwrap()), Some(11), "came after the expiry");
+    let _ = (ended(early).await, ended(joined).await);
+    assert_eq!(b.value(1).await, Some(11), "B's memory");
+    let c = Node::new(&truth, Some(&redis.url()), &[]);
+    let answer = c.read(1).await;
+    assert_eq!((value(&answer), answer.how().level), (Some(11), Level::Redis), "Redis");
+}
+
+#[tokio::test]
+async fn an_absent_entry_is_ended_by_an_expiry() {
+    let truth = Truth::new(&[]);
+    let node = Node::new(&truth, None, &[]);
+    assert_eq!(node.value(1).await, None);
+    assert_eq!(node.value(1).await, None);
+    assert_eq!(truth.loads(), 1, "absent is remembered");
+    truth.set(1, 10);
+    node.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    assert_eq!(node.value(1).await, Some(10));
+}
+
+#[tokio::test]
+async fn racing_readers_and_expiries_never_show_a_value_older_than_an_acknowledged_expiry() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 0)]);
+    for redis_url in [None, Some(redis.url())] {
+        let node = Arc::new(Node::new(&truth, redis_url.as_deref(), &[]));
+        let acknowledged = Arc::new(AtomicUsize::new(0));
+        let stop = Arc::new(AtomicBool::new(false));
+        let readers: Vec<_> = (0..8)
+            .map(|_| {
+                let (node, acknowledged, stop) = (node.clone(), acknowledged.clone(), stop.clone());
+                tokio::spawn(async move {
+                    let mut reads = 0_u64;
+                    while !stop.load(Ordering::SeqCst) {
+                        let least = acknowledged.load(Ordering::SeqCst) as u64;
+                        let seen = node.value(1).await.unwrap();
+                        assert!(seen >= least, "saw {seen} after the expiry for {least} was acknowledged");
+                        reads += 1;
+                        tokio::task::yield_now().await;
+                    }
+                    reads
+                })
+            })
+            .collect();
+        let base = truth.0.values.lock().unwrap()[&1];
+        for value in base + 1..=base + 500 {
+            truth.set(1, value);
+            node.cache.expire(&[key(1)], BUDGET).await.unwrap();
+            acknowledged.store(value as usize, Ordering::SeqCst);
+            tokio::task::yield_now().await;
+        }
+        stop.store(true, Ordering::SeqCst);
+        let mut reads = 0;
+        for reader in readers {
+            reads += timeout(PATIENCE, reader).await.expect("ends").expect("no stale read");
+        }
+        assert!(reads > 500, "the readers ran: {reads}");
+    }
+}
+
+// ---- C2: one load per key and cluster ---------------------------------------------------------------------------
+
+#[tokio::test]
+async fn readers_of_a_cold_key_on_four_instances_share_one_load() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let mut nodes = Vec::new();
+    for _ in 0..4 {
+        nodes.push(Node::hearing(&truth, &redis.url(), &[]).await);
+    }
+    truth.hold();
+    let readers: Vec<_> = (0..200).map(|n| nodes[n % 4].begin(1)).collect();
+    truth.begun(1).await;
+    truth.release();
+    for reader in readers {
+        assert_eq!(value(&ended(reader).await.unwrap()), Some(10));
+    }
+    assert_eq!(truth.loads(), 1);
+}
+
+#[tokio::test]
+async fn a_lease_whose_holder_died_costs_one_more_load() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    // What a holder that was killed leaves behind.
+    let later_ms =
+        (std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() + 60_000).to_string();
+    redis.command(&["HSET", "product-cache:thing:1", "t", "dead", "u", &later_ms, "a", "0"]).await;
+    let node = Node::hearing(&truth, &redis.url(), &[("CACHE_LEASE_WAIT_MS", "200")]).await;
+    assert_eq!(node.value(1).await, Some(10));
+    assert_eq!(truth.loads(), 1);
+    assert_eq!(node.read(1).await.how().level, Level::Memory, "it is kept here all the same");
+}
+
+// ---- C4, C5, C6, C7: expiries -----------------------------------------------------------------------------------
+
+#[tokio::test]
+async fn an_acknowledged_expiry_is_in_redis_at_once_and_in_every_memory_soon() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10), (2, 20)]);
+    let a = Node::hearing(&truth, &redis.url(), &[]).await;
+    let b = Node::hearing(&truth, &redis.url(), &[]).await;
+    for id in [1, 2] {
+        a.value(id).await;
+        b.value(id).await;
+    }
+    truth.set(1, 11);
+    a.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    assert_eq!(redis.command(&["HEXISTS", "product-cache:thing:1", "f"]).await, redis::Value::Int(0), "Redis");
+    assert_eq!(a.value(1).await, Some(11), "the instance that was told");
+    eventually("the other instance has dropped it", async || (b.value(1).await == Some(11)).then_some(())).await;
+    assert_eq!(truth.loads(), 3, "the other instance reads it from Redis");
+    assert_eq!(b.read(2).await.how().level, Level::Memory, "nothing else was dropped");
+}
+
+#[tokio::test]
+async fn an_instance_that_was_disconnected_hears_what_it_missed_and_drops_only_that() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10), (2, 20)]);
+    let a = Node::hearing(&truth, &redis.url(), &[]).await;
+    let proxy = Proxy::start(redis.port).await;
+    let b = Node::hearing(&truth, &proxy.redis_url(), &[]).await;
+    b.value(1).await;
+    b.value(2).await;
+    let position = b.cache.status().log_position;
+    proxy.set(Fault::Refuse);
+    truth.set(1, 11);
+    a.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    assert_eq!(b.value(1).await, Some(10), "it cannot know yet");
+    proxy.set(Fault::None);
+    eventually("it resumes", async || (b.cache.status().log_position > position).then_some(())).await;
+    assert_eq!(b.value(1).await, Some(11));
+    assert_eq!(b.read(2).await.how().level, Level::Memory, "what was not expired is still there");
+}
+
+#[tokio::test]
+async fn a_log_trimmed_past_an_instance_or_lost_makes_all_its_memory_stale() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10), (2, 20)]);
+    let a = Node::hearing(&truth, &redis.url(), &[]).await;
+    for loss in [vec!["XTRIM", "product-cache:log", "MAXLEN", "1"], vec!["FLUSHALL"]] {
+        let proxy = Proxy::start(redis.port).await;
+        let b = Node::hearing(&truth, &proxy.redis_url(), &[]).await;
+        let seen = b.value(1).await.unwrap();
+        b.value(2).await;
+        let position = b.cache.status().log_position;
+        proxy.set(Fault::Refuse);
+        truth.set(1, seen + 1);
+        a.cache.expire(&[key(1)], BUDGET).await.unwrap();
+        a.cache.expire(&[key(3)], BUDGET).await.unwrap();
+        redis.command(&loss).await;
+        proxy.set(Fault::None);
+        eventually("it finds the log changed", async || (b.cache.status().log_position != position).then_some(()))
+            .await;
+        assert_eq!(b.value(1).await, Some(seen + 1), "{loss:?}");
+        assert_ne!(b.read(2).await.how().level, Level::Memory, "{loss:?}: nothing in memory is trusted");
+    }
+}
+
+#[tokio::test]
+async fn a_reset_log_is_noticed_without_any_further_expiry() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::hearing(&truth, &redis.url(), &[]).await;
+    node.value(1).await;
+    truth.set(1, 11);
+    redis.command(&["FLUSHALL"]).await;
+    eventually("memory is no longer trusted", async || (node.value(1).await == Some(11)).then_some(())).await;
+}
+
+#[tokio::test]
+async fn memory_is_trusted_for_seconds_only_while_the_log_cannot_be_heard() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let proxy = Proxy::start(redis.port).await;
+    let node = Node::hearing(&truth, &proxy.redis_url(), &[("CACHE_UNHEARD_MAX_S", "3")]).await;
+    node.value(1).await;
+    proxy.set(Fault::Stall);
+    truth.set(1, 11);
+    let cut = Instant::now();
+    let seen = eventually("the entry is no longer fresh", async || {
+        node.value(1).await.filter(|value| *value == 11).map(|_| cut.elapsed())
+    });
+    let after = seen.await;
+    assert!(after < Duration::from_secs(3 + 2), "trusted for {after:?}"); // loads may wait for Redis' deadlines
+}
+
+#[tokio::test]
+async fn an_expiry_that_redis_cannot_be_told_of_is_queued_and_delivered_when_it_can() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let a = Node::hearing(&truth, &redis.url(), &[]).await;
+    let b = Node::hearing(&truth, &redis.url(), &[]).await;
+    a.value(1).await;
+    b.value(1).await;
+    redis.signal("STOP");
+    truth.set(1, 11);
+    assert!(a.cache.expire(&[key(1)], Duration::from_millis(300)).await.is_err(), "it says so");
+    assert_eq!(a.cache.status().expiries_queued, 1);
+    assert_eq!(a.value(1).await, Some(11), "here it is expired at once");
+    redis.signal("CONT");
+    eventually("it is delivered", async || (a.cache.status().expiries_queued == 0).then_some(())).await;
+    eventually("the other instance hears it", async || (b.value(1).await == Some(11)).then_some(())).await;
+}
+
+#[tokio::test]
+async fn an_instance_does_not_believe_redis_about_a_key_whose_expiry_it_still_has_to_deliver() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let proxy = Proxy::start(redis.port).await;
+    let node = Node::hearing(&truth, &proxy.redis_url(), &[]).await;
+    node.value(1).await;
+    truth.set(1, 11);
+    // Expiries fail from here on; reads do not.
+    redis.command(&["RENAME", "product-cache:log", "aside"]).await;
+    redis.command(&["SET", "product-cache:log", "not a stream"]).await;
+    assert!(node.cache.expire(&[key(1)], Duration::from_millis(200)).await.is_err());
+    // As if another instance's older answer had come back to Redis.
+    assert_eq!(node.read(1).await.how().level, Level::Database);
+    assert_eq!(node.value(1).await, Some(11));
+    redis.command(&["DEL", "product-cache:log"]).await;
+    eventually("it is delivered", async || (node.cache.status().expiries_queued == 0).then_some(())).await;
+}
+
+// ---- L2 ---------------------------------------------------------------------------------------------------------
+
+#[tokio::test]
+async fn a_new_instance_reads_redis_instead_of_the_database_and_keeps_it_no_longer_than_redis() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let old = Node::hearing(&truth, &redis.url(), &[("CACHE_DURATION_S", "3")]).await;
+    old.value(1).await;
+    sleep(Duration::from_millis(1200)).await; // its age is what is tested
+    let new = Node::hearing(&truth, &redis.url(), &[("CACHE_DURATION_S", "300")]).await;
+    let answer = new.read(1).await;
+    assert_eq!(answer.how().level, Level::Redis);
+    assert_eq!(truth.loads(), 1);
+    assert!(answer.age() >= Duration::from_millis(1200), "{:?}", answer.age());
+    assert!(answer.ttl_s() < 2, "{}", answer.ttl_s());
+}
+
+#[tokio::test]
+async fn max_age_asks_redis_and_the_database_afresh() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::hearing(&truth, &redis.url(), &[]).await;
+    node.value(1).await;
+    truth.set(1, 11); // without a notice: only asking helps
+    let ask = async |max_age| {
+        let answer = node.cache.get_or_load(&[key(1)], max_age, &node.load).await.remove(0).unwrap();
+        value(&answer)
+    };
+    assert_eq!(ask(Some(Duration::from_secs(60))).await, Some(10));
+    assert_eq!(ask(Some(Duration::ZERO)).await, Some(11));
+    assert_eq!(ask(None).await, Some(11), "what was asked for afresh is kept");
+    assert_eq!(truth.loads(), 2);
+}
+
+#[tokio::test]
+async fn a_batch_costs_one_round_trip_to_redis_and_one_query_for_what_memory_lacks() {
+    let redis = RedisServer::start().await;
+    let values: Vec<_> = (1..=100).map(|id| (id, id as u64)).collect();
+    let truth = Truth::new(&values);
+    let old = Node::hearing(&truth, &redis.url(), &[]).await;
+    let keys: Vec<_> = (1..=100).map(key).collect();
+    assert!(old.cache.get_or_load(&keys[..60], None, &old.load).await.iter().all(Result::is_ok));
+    assert_eq!(truth.loads(), 1, "one query for sixty");
+    let new = Node::hearing(&truth, &redis.url(), &[]).await;
+    new.cache.get_or_load(&keys[..20], None, &new.load).await;
+    let reads = async || {
+        let info: String = redis::from_redis_value(redis.command(&["INFO", "stats"]).await).unwrap();
+        let line = info.lines().find_map(|line| line.strip_prefix("total_reads_processed:").map(str::to_owned));
+        line.unwrap().trim().parse::<u64>().unwrap()
+    };
+    let before = reads().await;
+    let answers = new.cache.get_or_load(&keys, None, &new.load).await;
+    let cost = reads().await - before;
+    assert!(cost < 15, "{cost} reads for a lookup, a fill, and what else goes on"); // not one per key
+    let levels: Vec<_> = answers.iter().map(|answer| answer.as_ref().unwrap().how().level).collect();
+    assert!(levels[..20].iter().all(|level| *level == Level::Memory));
+    assert!(levels[20..60].iter().all(|level| *level == Level::Redis));
+    assert!(levels[60..].iter().all(|level| *level == Level::Database));
+    assert_eq!(
+        answers.iter().map(|answer| value(answer.as_ref().unwrap())).collect::<Vec<_>>(),
+        values.iter().map(|(_, v)| Some(*v)).collect::<Vec<_>>()
+    );
+    assert_eq!(truth.0.loads.lock().unwrap().last().map(Vec::len), Some(40), "one query for the forty");
+    assert_eq!(truth.loads(), 2);
+}
+
+#[tokio::test]
+async fn damaged_entries_in_redis_are_misses_and_are_replaced() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    Node::hearing(&truth, &redis.url(), &[]).await.value(1).await;
+    redis.command(&["HSET", "product-cache:thing:1", "b", "noise"]).await;
+    assert_eq!(Node::hearing(&truth, &redis.url(), &[]).await.value(1).await, Some(10));
+    assert_eq!(truth.loads(), 2);
+    assert_eq!(
+        Node::hearing(&truth, &redis.url(), &[]).await.read(1).await.how().level,
+        Level::Redis,
+        "it is whole again"
+    );
+    redis.command(&["SET", "product-cache:thing:1", "of another type"]).await;
+    assert_eq!(Node::hearing(&truth, &redis.url(), &[]).await.value(1).await, Some(10));
+}
+
+#[tokio::test]
+async fn scripts_that_redis_forgot_are_loaded_again() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10), (2, 20)]);
+    let node = Node::hearing(&truth, &redis.url(), &[]).await;
+    node.value(1).await;
+    redis.command(&["SCRIPT", "FLUSH"]).await;
+    node.value(2).await;
+    redis.command(&["SCRIPT", "FLUSH"]).await;
+    node.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    let other = Node::hearing(&truth, &redis.url(), &[]).await;
+    assert_eq!(other.read(2).await.how().level, Level::Redis);
+}
+
+// ---- S1 and fail-safe -------------------------------------------------------------------------------------------
+
+#[tokio::test]
+async fn reads_are_answered_from_the_database_whatever_redis_does() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&(1..=20).map(|id| (id, id as u64)).collect::<Vec<_>>());
+    let proxy = Proxy::start(redis.port).await;
+    let faults = [Fault::Stall, Fault::Refuse, Fault::CutMidReply, Fault::Garbage, Fault::Slow(Duration::from_secs(2))];
+    let node = Node::hearing(&truth, &proxy.redis_url(), &[]).await;
+    for (id, fault) in (1..).zip(faults) {
+        proxy.set(fault);
+        for id in [id, id + 10] {
+            let answer =
+                timeout(Duration::from_secs(5), node.read(id)).await.unwrap_or_else(|_| panic!("{fault:?}: late"));
+            assert_eq!(value(&answer), Some(id as u64), "{fault:?}");
+        }
+        proxy.set(Fault::None);
+        node.until_it_hears().await;
+    }
+}
+
+#[tokio::test]
+async fn a_stale_copy_answers_while_the_database_fails_and_is_asked_for_again_only_now_and_then() {
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::new(&truth, None, &[("CACHE_FAIL_SAFE_THROTTLE_S", "1")]);
+    node.value(1).await;
+    node.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    truth.set(1, 11);
+    truth.fail(true);
+    let began = Instant::now();
+    for _ in 0..100 {
+        let answer = node.read(1).await;
+        assert_eq!((value(&answer), answer.how().stale), (Some(10), Some(Stale::DatabaseFailed)));
+        assert!(answer.ttl_s() <= 0);
+    }
+    let most = 2 + began.elapsed().as_secs() as usize;
+    assert!(truth.loads() <= 1 + most, "{} loads", truth.loads());
+    assert!(node.try_read(2).await.is_err(), "what was never known cannot be served");
+    truth.fail(false);
+    eventually("the first success ends it", async || (node.value(1).await == Some(11)).then_some(())).await;
+    assert_eq!(node.read(1).await.how().stale, None);
+}
+
+#[tokio::test]
+async fn a_stale_copy_in_redis_saves_an_instance_that_never_had_one() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let old = Node::hearing(&truth, &redis.url(), &[]).await;
+    old.value(1).await;
+    old.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    truth.fail(true);
+    let new = Node::hearing(&truth, &redis.url(), &[]).await;
+    let answer = new.read(1).await;
+    assert_eq!((value(&answer), answer.how().stale), (Some(10), Some(Stale::DatabaseFailed)));
+}
+
+#[tokio::test]
+async fn fail_safe_ends_at_its_maximum_age() {
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::new(&truth, None, &[("CACHE_FAIL_SAFE_MAX_S", "1"), ("CACHE_DURATION_S", "1")]);
+    node.value(1).await;
+    truth.fail(true);
+    eventually("the copy is too old", async || node.try_read(1).await.err()).await;
+}
+
+#[tokio::test]
+async fn memory_stays_within_its_bytes_and_large_bodies_stay_out() {
+    let truth = Truth::new(&[]);
+    let node = Node::new(&truth, None, &[("CACHE_L1_MAX_BYTES", "1048576"), ("CACHE_MAX_BODY_BYTES", "65536")]);
+    let load: Load = Arc::new(|keys: Vec<Key>| {
+        Box::pin(async move {
+            let body = |key: &Key| vec![b'x'; if key.id() == 0 { 65_600 } else { (key.id() % 40) as usize * 1000 }];
+            Ok(keys.iter().map(|key| (*key, Entry::Found(Body::new(body(key).into(), None)))).collect())
+        })
+    });
+    let large = node.cache.get_or_load(&[key(0)], None, &load).await.remove(0).unwrap();
+    assert!(!large.how().stored, "too large to keep");
+    assert_eq!(node.cache.status().entries, 0);
+    for id in 1..500 {
+        node.cache.get_or_load(&[key(id)], None, &load).await.remove(0).unwrap();
+        assert!(node.cache.status().bytes <= 1_048_576);
+    }
+    assert!(node.cache.status().bytes > 700_000, "and makes use of them: {}", node.cache.status().bytes);
+}
+
+#[tokio::test]
+async fn connections_are_as_many_as_the_settings_say_and_come_back_as_many() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&(1..=200).map(|id| (id, 0)).collect::<Vec<_>>());
+    let node = Node::hearing(&truth, &redis.url(), &[]).await;
+    eventually("two and the log's", async || (redis.clients().await == 3).then_some(())).await;
+    let reads: Vec<_> = (1..=200).map(|id| node.begin(id)).collect();
+    for read in reads {
+        ended(read).await.unwrap();
+    }
+    assert_eq!(redis.clients().await, 3, "under load");
+    redis.command(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]).await;
+    node.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    eventually("as many as before", async || (redis.clients().await == 3).then_some(())).await;
+}

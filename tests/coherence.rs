@@ -1,0 +1,103 @@
+//! Several instances as processes: what one is told, all of them show.
+
+use crate::support::{
+    eventually, http,
+    instance::{Instance, start},
+    redis::RedisServer,
+};
+
+async fn name(instance: &Instance, id: i64) -> String {
+    let reply = instance.product(id).await;
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    reply.json()["name"].as_str().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn an_edit_of_the_file_shows_in_every_instance_on_it_without_redis_or_trigger() {
+    let first = start().up().await;
+    let second = start().folder(&first.folder).up().await;
+    for instance in [&first, &second] {
+        assert_ne!(name(instance, 680).await, "edited");
+        assert_eq!(instance.product(999).await.status, 404);
+    }
+    first.sql(
+        "UPDATE product SET Name = 'edited' WHERE ProductID = 680; DELETE FROM product WHERE ProductID = 706; \
+         INSERT INTO product SELECT 999, 'inserted', ProductNumber, Color, StandardCost, ListPrice, Size, Weight, \
+         ProductCategoryID, ProductModelID, SellStartDate, SellEndDate, DiscontinuedDate, ThumbNailPhoto, \
+         ThumbnailPhotoFileName, rowguid, ModifiedDate FROM product WHERE ProductID = 680",
+    );
+    for instance in [&first, &second] {
+        eventually("the update", async || (name(instance, 680).await == "edited").then_some(())).await;
+        eventually("the delete", async || (instance.product(706).await.status == 404).then_some(())).await;
+        eventually("the insert", async || (instance.product(999).await.status == 200).then_some(())).await;
+        assert!(instance.product(707).await.status == 200);
+    }
+}
+
+#[tokio::test]
+async fn a_batch_delivered_to_one_instance_shows_in_all_of_them() {
+    let redis = RedisServer::start().await;
+    let mut instances = vec![start().env("Redis", redis.url()).env("FEED_INTERVAL_MS", 0).up().await];
+    for _ in 0..3 {
+        let folder = instances[0].folder.clone();
+        instances.push(start().env("Redis", redis.url()).env("FEED_INTERVAL_MS", 0).folder(&folder).up().await);
+    }
+    for round in 0..5 {
+        for instance in &instances {
+            name(instance, 680).await;
+            assert!(instance.product(680).await.header("cache-status").starts_with("L1; hit"));
+        }
+        let new = format!("round {round}");
+        instances[0].sql(&format!("UPDATE product SET Name = '{new}' WHERE ProductID = 680"));
+        let told = &instances[round % instances.len()];
+        assert_eq!(told.invalidate(&[680]).await.status, 200);
+        assert_eq!(name(told, 680).await, new, "the one that was told, at once");
+        for instance in &instances {
+            eventually("every other", async || (name(instance, 680).await == new).then_some(())).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn without_redis_and_feed_only_the_instance_that_is_told_knows_and_says_so() {
+    let instance = start().env("FEED_INTERVAL_MS", 0).up().await;
+    name(&instance, 680).await;
+    instance.sql("UPDATE product SET Name = 'new' WHERE ProductID = 680");
+    assert_ne!(name(&instance, 680).await, "new");
+    assert_eq!(instance.invalidate(&[680]).await.status, 200);
+    assert_eq!(name(&instance, 680).await, "new");
+    assert!(instance.status().await["changeFeed"].is_null());
+}
+
+#[tokio::test]
+async fn a_pruned_feed_makes_everything_stale() {
+    let instance = start().env("FEED_INTERVAL_MS", 300).up().await;
+    name(&instance, 680).await;
+    instance.signal("STOP");
+    instance.sql(
+        "UPDATE product SET Name = 'new' WHERE ProductID IN (680, 706); UPDATE product SET Name = 'newer' WHERE ProductID = 706; \
+         DELETE FROM product_change WHERE ProductID = 680",
+    );
+    instance.signal("CONT");
+    eventually("the pruned change shows", async || (name(&instance, 680).await == "new").then_some(())).await;
+    instance.stderr.wait_for("the change feed was pruned or replaced").await;
+}
+
+#[tokio::test]
+async fn a_thousand_requests_for_a_cold_product_on_two_instances_are_one_query() {
+    let redis = RedisServer::start().await;
+    let first = start().env("Redis", redis.url()).up().await;
+    let second = start().env("Redis", redis.url()).folder(&first.folder).up().await;
+    let requests = (0..1000).map(|n| {
+        let port = if n % 2 == 0 { first.port } else { second.port };
+        http::send(port, "GET", "/api/GetProductById?productid=680", &[], "")
+    });
+    for reply in futures_util::future::join_all(requests).await {
+        assert_eq!(reply.status, 200);
+    }
+    let mut loaded = 0;
+    for instance in [&first, &second] {
+        loaded += instance.status().await["loads"].as_u64().unwrap();
+    }
+    assert_eq!(loaded, 1);
+}

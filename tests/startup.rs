@@ -1,0 +1,207 @@
+//! How the process starts, says what it does, and ends: the host's rules and a person's.
+
+use std::{net::TcpListener, time::Duration};
+
+use tokio::time::{Instant, sleep};
+
+use crate::support::{
+    PATIENCE, eventually, http,
+    instance::{Instance, start},
+};
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+async fn answers(port: u16) {
+    eventually("GET / is answered", async || http::try_send(port, "GET", "/", &[], "").await.ok()).await;
+}
+
+/// Not a code that the host takes for "done" (0) or "start me again" (200).
+fn assert_failure(code: Option<i32>) {
+    assert!(!matches!(code, None | Some(0 | 200)), "{code:?}");
+}
+
+#[tokio::test]
+async fn the_host_chooses_the_port_by_either_variable_and_the_newer_one_wins() {
+    for newer in [true, false] {
+        let (port, other) = (free_port(), free_port());
+        let mut start = start().env("FUNCTIONS_HTTPWORKER_PORT", if newer { other } else { port });
+        if newer {
+            start = start.env("FUNCTIONS_CUSTOMHANDLER_PORT", port);
+        }
+        let instance = start.spawn();
+        answers(port).await;
+        assert!(http::try_send(other, "GET", "/", &[], "").await.is_err());
+        instance.stdout.wait_for("ready").await;
+        assert!(!instance.stdout.text().contains("try "), "no screen for a host");
+    }
+}
+
+#[tokio::test]
+async fn it_listens_on_the_ipv4_loopback_address_alone() {
+    let instance = start().up().await;
+    let sockets = std::fs::read_to_string(format!("/proc/{}/net/tcp", instance.pid())).unwrap();
+    let listening: Vec<_> = sockets
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(1).zip(line.split_whitespace().nth(3)))
+        .filter(|(address, state)| *state == "0A" && address.ends_with(&format!(":{:04X}", instance.port)))
+        .collect();
+    assert_eq!(listening, [(format!("0100007F:{:04X}", instance.port).as_str(), "0A")]);
+}
+
+#[tokio::test]
+async fn a_busy_port_is_an_error_that_the_host_understands() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut instance = start().env("FUNCTIONS_CUSTOMHANDLER_PORT", taken.local_addr().unwrap().port()).spawn();
+    assert_failure(instance.exit_code().await);
+    instance.stderr.wait_for("address already in use").await;
+}
+
+#[tokio::test]
+async fn wrong_settings_stop_the_start_with_one_line_that_names_them_all() {
+    let mut instance = start()
+        .env("FUNCTIONS_CUSTOMHANDLER_PORT", "seven")
+        .env("CACHE_DURATION_S", "-1")
+        .env("REDIS_POOL_SIZE", "many")
+        .env("Redis", "hunter2")
+        .spawn();
+    assert_failure(instance.exit_code().await);
+    instance.stderr.wait_for("4 wrong settings").await;
+    let text = instance.stderr.text();
+    assert_eq!(text.lines().count(), 1, "{text}");
+    for name in ["FUNCTIONS_CUSTOMHANDLER_PORT", "CACHE_DURATION_S", "REDIS_POOL_SIZE", "Redis"] {
+        assert!(text.contains(name), "{name}: {text}");
+    }
+    assert!(!text.contains("hunter2"));
+}
+
+#[tokio::test]
+async fn local_settings_count_for_a_person_and_not_under_a_host() {
+    let folder = tempfile::tempdir().unwrap();
+    let port = free_port();
+    let settings =
+        format!(r#"{{"IsEncrypted":false,"Values":{{"HTTP_PORT":"{port}","CACHE_DURATION_S":"no number"}}}}"#);
+    std::fs::write(folder.path().join("local.settings.json"), settings).unwrap();
+    let mut person = start().folder(folder.path()).spawn();
+    assert_failure(person.exit_code().await);
+    person.stderr.wait_for("CACHE_DURATION_S").await;
+    // The environment wins over the file.
+    let person = start().folder(folder.path()).env("CACHE_DURATION_S", "60").up().await;
+    assert_ne!(person.port, port);
+    let port = free_port();
+    let _hosted = start().folder(folder.path()).env("FUNCTIONS_CUSTOMHANDLER_PORT", port).spawn();
+    answers(port).await;
+}
+
+#[tokio::test]
+async fn a_person_sees_where_it_listens_what_it_uses_and_what_to_try() {
+    let instance = start().up().await;
+    let screen = instance.stdout.text();
+    for part in
+        ["listening  http://127.0.0.1:", "database   SQLite file ", "product-cache.db", "Redis      off", "curl -i '"]
+    {
+        assert!(screen.contains(part), "{part}: {screen}");
+    }
+    assert!(screen.lines().count() < 12, "{screen}");
+    // The curl it shows is the one that works.
+    let curl = screen.lines().find_map(|line| line.split_once("curl -i '")).unwrap().1.trim_end_matches('\'');
+    let target = curl.split_once(&format!("127.0.0.1:{}", instance.port)).unwrap().1;
+    assert_eq!(instance.get(target).await.status, 200);
+}
+
+#[tokio::test]
+async fn where_nothing_can_be_written_the_catalogue_is_in_memory_and_says_so() {
+    // Root may write anywhere, so the folder is one that even root cannot write in.
+    let instance = start().folder("/proc/self".as_ref()).up().await;
+    assert!(instance.stdout.text().contains("SQLite in memory"), "{}", instance.stdout.text());
+    for id in 706..760 {
+        assert_eq!(instance.product(id).await.status, 200, "{id}");
+    }
+}
+
+#[tokio::test]
+async fn it_is_ready_with_every_backend_away_and_its_probe_touches_none() {
+    let (port, redis) = (free_port(), TcpListener::bind("127.0.0.1:0").unwrap());
+    redis.set_nonblocking(true).unwrap();
+    let began = Instant::now();
+    let _instance = start()
+        .env("FUNCTIONS_CUSTOMHANDLER_PORT", port)
+        .env("Redis", format!("redis://{}", redis.local_addr().unwrap())) // accepts and never answers
+        .env("Sql", "sqlite:/nowhere/at/all.db")
+        .spawn();
+    answers(port).await;
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    for _ in 0..20 {
+        let reply = http::send(port, "GET", "/", &[], "").await;
+        assert!(reply.status == 200 && reply.body.len() < 2000);
+    }
+    let reply = http::send(port, "GET", "/api/GetProductById?productid=680", &[], "").await;
+    assert_eq!(reply.status, 503, "{}", reply.text());
+}
+
+async fn stopped_by(signal: &str, mut instance: Instance) -> i32 {
+    instance.signal(signal);
+    instance.exit_code().await.expect("it ends by itself")
+}
+
+#[tokio::test]
+async fn it_stops_by_signal_and_not_with_a_code_that_would_keep_a_host_from_starting_it_again() {
+    for signal in ["TERM", "INT"] {
+        assert_eq!(stopped_by(signal, start().up().await).await, 0, "a person asked for it: {signal}");
+        let port = free_port();
+        let hosted = start().env("FUNCTIONS_CUSTOMHANDLER_PORT", port).spawn();
+        answers(port).await;
+        assert_failure(Some(stopped_by(signal, hosted).await));
+    }
+}
+
+#[tokio::test]
+async fn requests_in_flight_are_answered_before_it_ends() {
+    let mut instance = start().up().await;
+    instance.product(680).await;
+    // Half of a batch: the rest comes after the signal.
+    let body = r#"{"Data":{"changes":"[]"}}"#;
+    let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", instance.port)).await.unwrap();
+    let head = format!("POST /InvalidateCache HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {}\r\n\r\n", body.len());
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    stream.write_all(format!("{head}{}", &body[..10]).as_bytes()).await.unwrap();
+    sleep(Duration::from_millis(100)).await; // it is being read
+    instance.signal("TERM");
+    instance.stdout.wait_for("finishing requests").await;
+    stream.write_all(&body.as_bytes()[10..]).await.unwrap();
+    let mut answer = String::new();
+    tokio::time::timeout(PATIENCE, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 OK"), "{answer}");
+    assert_eq!(instance.exit_code().await, Some(0));
+}
+
+#[tokio::test]
+async fn killed_and_started_again_on_the_same_port_it_serves_at_once() {
+    let port = free_port();
+    for _ in 0..3 {
+        let mut instance = start().env("FUNCTIONS_CUSTOMHANDLER_PORT", port).spawn();
+        answers(port).await;
+        assert_eq!(http::send(port, "GET", "/api/GetProductById?productid=680", &[], "").await.status, 200);
+        instance.signal("KILL");
+        instance.exit_code().await;
+    }
+}
+
+#[tokio::test]
+async fn information_goes_to_stdout_line_by_line_and_only_trouble_to_stderr() {
+    let port = free_port();
+    let instance = start().env("FUNCTIONS_CUSTOMHANDLER_PORT", port).env("LOG_LEVEL", "debug").spawn();
+    answers(port).await;
+    http::send(port, "GET", "/api/GetProductById?productid=680", &[], "").await;
+    instance.stdout.wait_for("ready").await;
+    assert_eq!(instance.stderr.text(), "");
+    // An error whose values have line breaks is still one line.
+    let body = "{\n\"Data\":{}}";
+    assert_eq!(http::send(port, "POST", "/InvalidateCache", &[], body).await.status, 400);
+    instance.stderr.wait_for("InvalidateCache: refused").await;
+    assert_eq!(instance.stderr.text().lines().count(), 1, "{}", instance.stderr.text());
+    for line in instance.stdout.text().lines() {
+        assert!(!line.starts_with("LanguageWorkerConsoleLog") && !line.starts_with("azfuncjsonlog:"), "{line}");
+    }
+}

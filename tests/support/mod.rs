@@ -1,0 +1,42 @@
+//! What tests stand on: the binary as a process, private Redis servers, a proxy that breaks connections, HTTP.
+//!
+//! Everything listens on 127.0.0.1 at a port the system chose, lives in a folder of its own, and ends with its owner.
+
+#[allow(dead_code, unused_imports)] // a model of the host: more of it than any one test needs
+pub mod host;
+pub mod http;
+pub mod instance;
+pub mod proxy;
+pub mod redis;
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+/// How long anything that must happen may take on a small, noisy machine before a test gives up on it.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Waits until `check` gives something; panics with `what` after [`PATIENCE`].
+pub async fn eventually<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = check().await {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "never happened: {what}");
+        sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Sends a signal to a process.
+pub fn signal(pid: u32, name: &str) {
+    let status = std::process::Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status();
+    assert!(status.is_ok_and(|status| status.success()), "kill -{name} {pid}");
+}
+
+/// Runs SQL on a SQLite file, as a SQLite shell would.
+pub fn sqlite(file: &std::path::Path, sql: &str) {
+    let output = std::process::Command::new("sqlite3").args(["-cmd", ".timeout 5000"]).arg(file).arg(sql).output();
+    let output = output.unwrap_or_else(|error| panic!("sqlite3 is not installed ({error}): run scripts/test"));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}

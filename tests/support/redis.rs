@@ -1,0 +1,101 @@
+//! A private Redis server.
+
+use std::{
+    net::TcpListener,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use tempfile::TempDir;
+use tokio::time::timeout;
+
+use super::{eventually, signal};
+
+pub struct RedisServer {
+    process: Option<Child>,
+    folder: TempDir,
+    pub port: u16,
+    arguments: Vec<String>,
+}
+
+impl Drop for RedisServer {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+impl RedisServer {
+    pub async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    /// Starts with further options, such as `["--maxclients", "50"]`.
+    pub async fn start_with(arguments: &[&str]) -> Self {
+        let port =
+            TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port").port();
+        let folder = tempfile::tempdir().expect("a folder");
+        let arguments = arguments.iter().map(ToString::to_string).collect();
+        let mut server = Self { process: None, folder, port, arguments };
+        server.restart().await;
+        server
+    }
+
+    /// Starts the server again after [`Self::kill`], empty unless it was told to save.
+    pub async fn restart(&mut self) {
+        self.kill();
+        let process = Command::new("redis-server")
+            .args(["--bind", "127.0.0.1", "--port", &self.port.to_string(), "--dir"])
+            .arg(self.folder.path())
+            .args(["--save", "", "--appendonly", "no"])
+            .args(&self.arguments)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap_or_else(|error| panic!("redis-server is not installed ({error}): run scripts/test"));
+        self.process = Some(process);
+        eventually("redis-server answers", async || self.try_command(&["PING"]).await.ok()).await;
+    }
+
+    pub fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+
+    pub fn signal(&self, name: &str) {
+        signal(self.process.as_ref().expect("it runs").id(), name);
+    }
+
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}", self.port)
+    }
+
+    /// Runs a command on a connection of its own.
+    pub async fn command(&self, words: &[&str]) -> redis::Value {
+        self.try_command(words).await.unwrap_or_else(|error| panic!("{words:?}: {error}"))
+    }
+
+    async fn try_command(&self, words: &[&str]) -> redis::RedisResult<redis::Value> {
+        let client = redis::Client::open(self.url())?;
+        let run = async {
+            let mut connection = client.get_multiplexed_async_connection().await?;
+            let mut command = redis::cmd(words[0]);
+            command.arg(&words[1..]);
+            command.query_async(&mut connection).await
+        };
+        timeout(Duration::from_secs(2), run).await.unwrap_or_else(|_| Err((redis::ErrorKind::Io, "late").into()))
+    }
+
+    /// How often the server has carried out a command since it started.
+    pub async fn calls(&self, command: &str) -> u64 {
+        let stats: String = redis::from_redis_value(self.command(&["INFO", "commandstats"]).await).expect("text");
+        let line = stats.lines().find_map(|line| line.strip_prefix(&format!("cmdstat_{command}:calls=")));
+        line.and_then(|line| line.split(',').next()).map_or(0, |calls| calls.parse().expect("a number"))
+    }
+
+    /// Connections of handlers, by what they call themselves; the test's own is not counted.
+    pub async fn clients(&self) -> usize {
+        let list: String = redis::from_redis_value(self.command(&["CLIENT", "LIST"]).await).expect("text");
+        list.lines().filter(|line| !line.contains("cmd=client|list")).count()
+    }
+}
