@@ -9,6 +9,7 @@ mod support;
 mod cache;
 mod coherence;
 mod get_product_by_id;
+mod host_stand_in;
 mod invalidate_cache;
 mod repository;
 mod startup;

@@ -41,6 +41,9 @@ pub use sqlloop::{Delivery, SqlTrigger};
 pub use supervisor::Phase;
 pub use trigger::{Invocation, admin_envelope, envelope, new_guid, utc_now};
 
+/// What a start may take beyond the handler's own time: three kills on a slow machine.
+const START_SLACK: Duration = Duration::from_secs(10);
+
 /// A running host with its handler. Dropping it kills the handler.
 pub struct Host {
     supervisor: Arc<Supervisor>,
@@ -53,7 +56,7 @@ pub struct Host {
 impl Host {
     /// Reads the files, picks a port, starts the handler and waits until it answers `GET /` with any status.
     ///
-    /// Fails when the host would give up (third error), or after four initialization timeouts.
+    /// Fails when the host would give up (third error), or after four initialization timeouts and ten seconds.
     pub async fn start(options: Options) -> Result<Host, StartError> {
         let environment = environment(&options);
         let files = Files::read(&options.script_root, &environment, options.dialect)?;
@@ -70,7 +73,7 @@ impl Host {
             core_tools: options.core_tools,
         };
         let settled = |state: &State| (state.phase != Phase::Starting || state.spawn_error.is_some()).then_some(());
-        let _ = host.supervisor.wait_for(host.supervisor.patience(), settled).await;
+        let _ = host.supervisor.wait_for(host.supervisor.patience() + START_SLACK, settled).await;
         if host.phase() == Phase::Ready {
             return Ok(host);
         }
