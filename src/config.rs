@@ -63,11 +63,21 @@ pub const SETTINGS: &[Setting] = &[
     number("CACHE_FAIL_SAFE_MAX_S", "86400", 0, 30 * DAY_S, "How old a stale copy may be to be served while the database fails; 0: never serve stale."),
     number("CACHE_FAIL_SAFE_THROTTLE_S", "10", 1, DAY_S, "After a failed load, how long its key is answered with the stale copy before the database is tried again."),
     number("CACHE_UNHEARD_MAX_S", "10", 3, DAY_S, "While an instance cannot hear of changes, how long an entry in its memory stays fresh."),
+    number("CACHE_SOFT_TIMEOUT_MS", "500", 0, 600_000, "When a load takes longer and an entry that merely grew old is known, that is served and the load goes on behind; 0: never. Ten times a slow point read."),
     number("CACHE_HARD_TIMEOUT_MS", "5000", 50, 600_000, "A load that takes longer is given up. A point read takes about a millisecond; 5 s outlasts a failover's retries."),
     number("CACHE_LEASE_MS", "10000", 100, 600_000, "How long one instance may hold the right to load a key: above the hard timeout, so that a live loader is never doubled."),
     number("CACHE_LEASE_WAIT_MS", "2000", 10, 600_000, "How long a read waits for another instance's load before it loads by itself."),
 
+    number("CACHE_EAGER_FACTOR", "3", 0, 1000, "How eagerly hot entries are loaded anew before they end, as a factor on the measured load time (XFetch's beta: 1 is optimal for steady load times, 3 allows for slower ones); 0: never."),
+    number("CACHE_LOADS_MAX", "0", 0, 1000, "Loads that ask the database at once; 0: as many as it has connections."),
+    number("CACHE_LOADS_QUEUED_MAX", "256", 0, 100_000, "Loads that may wait for their turn; more are answered stale or 503 at once. 256 waits of a few milliseconds stay well below the hard timeout."),
+    number("CACHE_BREAKER_FAILURES", "5", 0, 1000, "Failed loads in a row after which the database is left alone but for probes; 0: never."),
+    number("CACHE_BREAKER_PAUSE_MS", "1000", 10, 600_000, "Pause between two probes (a quarter more or less): recovery is noticed within about a second."),
+
     number("REDIS_POOL_SIZE", "2", 1, 64, "Shared connections. Each carries all requests at once, so two are for resilience, not for throughput. One more is used by the invalidation log."),
+    Setting { name: "REDIS_FRUGAL", default: "off", kind: Kind::Word(&["on", "off"]), meaning: "`on`: one Redis connection per instance in all; the invalidation log is polled over it." },
+    number("REDIS_FRUGAL_POLL_MS", "200", 10, 5000, "With `REDIS_FRUGAL`, pause between two looks at the log: how much later other instances hear of an expiry."),
+    number("REDIS_MAX_CLIENTS", "0", 0, 10_000_000, "Connections that the Redis tier allows (250 on the smallest); 0: unknown. With `MAX_INSTANCES`, a start that could exceed it is refused."),
     text("REDIS_PREFIX", "product-cache", "First part of every key: apps that share a Redis take different ones."),
     number("REDIS_CONNECT_TIMEOUT_MS", "1000", 10, 60_000, "Connect and greeting, TLS included."),
     number("REDIS_RESPONSE_TIMEOUT_MS", "250", 5, 60_000, "One answer. A healthy one takes under a millisecond; the database is the better source after 250."),
@@ -77,6 +87,7 @@ pub const SETTINGS: &[Setting] = &[
     number("DATABASE_CONNECT_TIMEOUT_MS", "4000", 50, 120_000, "To open a connection or to wait for a free one: below the hard timeout, so that the message names the cause."),
     number("FEED_INTERVAL_MS", "1000", 0, 3_600_000, "How often the database is asked what changed; 0: never (where the SQL trigger does that job)."),
 
+    number("MAX_INSTANCES", "", 1, 100_000, "Instances that the plan may start; empty: the platform's `WEBSITE_MAX_DYNAMIC_APPLICATION_SCALE_OUT`, if that is set."),
     number("HTTP_PORT", "7071", 0, 65_535, "Port of a standalone start, as with `func start`; 0: any free one. Under a Functions host the host's port is used."),
     number("HTTP_WORKERS", "0", 0, 1024, "Threads that answer requests; 0: one per core."),
     text("HTTP_CACHE_CONTROL", "private, no-cache", "`Cache-Control` of products. The default makes clients ask again each time, which an ETag makes cheap."),
@@ -190,8 +201,20 @@ pub struct Cache {
     pub fail_safe_throttle: Duration,
     /// How long entries stay fresh while nothing is heard.
     pub unheard_max: Duration,
+    /// After which an entry that merely grew old is served while its load goes on; zero: never.
+    pub soft_timeout: Duration,
     /// Bound of one load.
     pub hard_timeout: Duration,
+    /// Factor on the load time within which a hot entry is loaded before it ends; 0: never.
+    pub eager_factor: u32,
+    /// Loads that run at once.
+    pub loads_max: usize,
+    /// Loads that may wait.
+    pub loads_queued_max: usize,
+    /// Failures in a row that open the breaker; 0: never.
+    pub breaker_failures: u32,
+    /// Pause between two probes.
+    pub breaker_pause: Duration,
     /// Bound of one lease.
     pub lease: Duration,
     /// How long a read waits for another instance's load.
@@ -203,8 +226,10 @@ pub struct Cache {
 pub struct Redis {
     /// Where, and with which password.
     pub url: Secret,
-    /// Shared connections; the log has one more.
+    /// Shared connections; the log has one more unless `frugal_poll` is set.
     pub pool_size: usize,
+    /// Pause between two looks at the log, which then needs no connection of its own.
+    pub frugal_poll: Option<Duration>,
     /// First part of every key.
     pub prefix: String,
     /// Connect and greeting.
@@ -213,6 +238,13 @@ pub struct Redis {
     pub response_timeout: Duration,
     /// Notices kept in the invalidation log.
     pub log_max_length: u64,
+}
+
+impl Redis {
+    /// Connections that one instance holds.
+    pub fn connections(&self) -> u64 {
+        self.pool_size as u64 + u64::from(self.frugal_poll.is_none())
+    }
 }
 
 /// The database.
@@ -306,7 +338,16 @@ impl Config {
                 fail_safe_max: read.seconds("CACHE_FAIL_SAFE_MAX_S"),
                 fail_safe_throttle: read.seconds("CACHE_FAIL_SAFE_THROTTLE_S"),
                 unheard_max: read.seconds("CACHE_UNHEARD_MAX_S"),
+                soft_timeout: read.millis("CACHE_SOFT_TIMEOUT_MS"),
                 hard_timeout: read.millis("CACHE_HARD_TIMEOUT_MS"),
+                eager_factor: read.number("CACHE_EAGER_FACTOR") as u32,
+                loads_max: match read.number("CACHE_LOADS_MAX") {
+                    0 => read.number("DATABASE_MAX_CONNECTIONS") as usize,
+                    loads => loads as usize,
+                },
+                loads_queued_max: read.number("CACHE_LOADS_QUEUED_MAX") as usize,
+                breaker_failures: read.number("CACHE_BREAKER_FAILURES") as u32,
+                breaker_pause: read.millis("CACHE_BREAKER_PAUSE_MS"),
                 lease: read.millis("CACHE_LEASE_MS"),
                 lease_wait: read.millis("CACHE_LEASE_WAIT_MS"),
             },
@@ -411,9 +452,12 @@ impl Reader<'_> {
 
     fn redis(&mut self) -> Option<Redis> {
         let url = self.text("Redis");
+        let frugal = self.text("REDIS_FRUGAL").eq_ignore_ascii_case("on");
+        let (pool_size, poll) = (self.number("REDIS_POOL_SIZE") as usize, self.millis("REDIS_FRUGAL_POLL_MS"));
         let redis = Redis {
             url: Secret(url.clone()),
-            pool_size: self.number("REDIS_POOL_SIZE") as usize,
+            pool_size: if frugal { 1 } else { pool_size },
+            frugal_poll: frugal.then_some(poll),
             prefix: self.text("REDIS_PREFIX"),
             connect_timeout: self.millis("REDIS_CONNECT_TIMEOUT_MS"),
             response_timeout: self.millis("REDIS_RESPONSE_TIMEOUT_MS"),
@@ -425,6 +469,7 @@ impl Reader<'_> {
         if url.is_empty() {
             return None;
         }
+        self.check_connections(&redis);
         // A parser's message may quote the password, so only the form is told.
         let form = url::Url::parse(&url).ok().filter(|url| url.scheme() == "redis" && url.host().is_some());
         match form.as_ref().map(url::Url::path) {
@@ -444,6 +489,22 @@ impl Reader<'_> {
             self.mistakes.push("Sql is not of the form sqlite:<file>, the only engine there is today".to_owned());
         }
         Some(Secret(url))
+    }
+
+    /// Whether all instances together stay within what the Redis tier allows.
+    fn check_connections(&mut self, redis: &Redis) {
+        let platform = self.variables.get("WEBSITE_MAX_DYNAMIC_APPLICATION_SCALE_OUT");
+        let platform = platform.and_then(|instances| instances.trim().parse().ok()).unwrap_or(0);
+        let instances = self.number_or("MAX_INSTANCES", platform);
+        let (each, allowed) = (redis.connections(), self.number("REDIS_MAX_CLIENTS"));
+        if allowed > 0 && instances * each > allowed {
+            self.mistakes.push(format!(
+                "{instances} instances with {each} Redis connections each need {}, and REDIS_MAX_CLIENTS is {allowed}: \
+                 allow {} instances, set REDIS_FRUGAL=on (1 connection each), or take a larger tier",
+                instances * each,
+                allowed / each,
+            ));
+        }
     }
 
     /// A name one or two letters off a setting's is a mistake, not somebody else's variable.
@@ -591,6 +652,22 @@ mod tests {
         }
         assert_eq!(error.mistakes.len(), 10, "{message}");
         assert!(!message.contains("hunter2"), "{message}");
+    }
+
+    #[test]
+    fn more_connections_than_the_tier_allows_are_refused_with_the_arithmetic() {
+        let redis = ("Redis", "redis://127.0.0.1:1");
+        let tier = ("REDIS_MAX_CLIENTS", "250");
+        let error = parse(&[redis, tier, ("MAX_INSTANCES", "200")]).expect_err("600 > 250").to_string();
+        assert!(error.contains("200 instances with 3 Redis connections each need 600"), "{error}");
+        assert!(error.contains("allow 83 instances"), "{error}");
+        let platform = ("WEBSITE_MAX_DYNAMIC_APPLICATION_SCALE_OUT", "100");
+        assert!(parse(&[redis, tier, platform]).is_err(), "what the platform says counts too");
+        assert!(parse(&[redis, tier, platform, ("MAX_INSTANCES", "83")]).is_ok(), "what is set counts more");
+        let frugal = parse(&[redis, tier, ("MAX_INSTANCES", "200"), ("REDIS_FRUGAL", "on")]).expect("200 <= 250");
+        assert_eq!(frugal.redis.map(|redis| redis.connections()), Some(1));
+        assert!(parse(&[tier, ("MAX_INSTANCES", "200")]).is_ok(), "without Redis there is nothing to count");
+        assert!(parse(&[redis, ("MAX_INSTANCES", "200")]).is_ok(), "without a limit neither");
     }
 
     #[test]

@@ -70,9 +70,9 @@ pub struct Product {
 }
 
 /// Reads the products with these ids in one query; ids without a product are left out.
-pub async fn load(database: &Database, ids: &[i64]) -> Result<Vec<Product>, database::Error> {
+pub async fn load(database: &Database, ids: &[i64]) -> Result<Vec<Result<Product, database::BadRow>>, database::Error> {
     let rows = database.rows(&TABLE, ids).await?;
-    Ok(rows.iter().map(Product::from_row).collect())
+    Ok(rows.into_iter().map(|row| row.map(|row| Product::from_row(&row))).collect())
 }
 
 impl Product {

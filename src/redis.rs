@@ -94,7 +94,7 @@ impl Redis {
             .set_response_timeout(Some(config.response_timeout));
         Client::open(connection.clone())?; // names a wrong address before a keeper repeats it for ever
         let pool = Pool::builder(Manager::new_with_config(connection, settings)?)
-            .max_size(config.pool_size + 1)
+            .max_size(config.connections() as usize)
             .timeouts(Timeouts {
                 wait: Some(config.connect_timeout),
                 create: Some(config.connect_timeout),
@@ -111,8 +111,8 @@ impl Redis {
             keepers.push(keep_running(background, "redis connection", move || keep(kept.clone(), pool.clone())));
             line
         };
-        let shared = (0..config.pool_size).map(|_| open_line()).collect();
-        let log = open_line();
+        let shared: Vec<_> = (0..config.pool_size).map(|_| open_line()).collect();
+        let log = if config.frugal_poll.is_some() { shared[0].clone() } else { open_line() };
         let response_timeout = config.response_timeout;
         Ok(Self {
             inner: Arc::new(Inner { shared, log, next: AtomicUsize::new(0), response_timeout, _keepers: keepers }),
@@ -151,8 +151,8 @@ impl Redis {
         Ok(replies)
     }
 
-    /// Sends commands over the invalidation log's own connection, whose answers may take `patience` longer than
-    /// usual because it holds a blocking read.
+    /// Sends commands over the invalidation log's connection, whose answers may take `patience` longer than usual if it
+    /// holds a blocking read. With frugal settings it is the shared one, on which nothing must block.
     pub async fn send_on_log(&self, commands: &[Cmd], patience: Duration) -> Result<Vec<RedisResult<Value>>, Error> {
         let line = &self.inner.log;
         let mut connection = line.connection().await.ok_or(Error::Disconnected)?;

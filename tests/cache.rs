@@ -108,7 +108,7 @@ impl Truth {
                 if inner.failing.load(Ordering::SeqCst) {
                     return Err(Failure::Unavailable("planted".to_owned()));
                 }
-                let found = keys.into_iter().filter_map(|key| Some((key, entry(*values.get(&key.id())?))));
+                let found = keys.into_iter().filter_map(|key| Some((key, Ok(entry(*values.get(&key.id())?)))));
                 Ok(found.collect())
             })
         })
@@ -153,7 +153,7 @@ impl Node {
     }
 
     async fn try_read(&self, id: i64) -> Result<Answer, Failure> {
-        if let Some(answer) = self.cache.get(&key(id), None) {
+        if let Some(answer) = self.cache.get(&key(id), None, &self.load) {
             return Ok(answer);
         }
         self.cache.get_or_load(&[key(id)], None, &self.load).await.remove(0)
@@ -708,7 +708,7 @@ async fn memory_stays_within_its_bytes_and_large_bodies_stay_out() {
     let load: Load = Arc::new(|keys: Vec<Key>| {
         Box::pin(async move {
             let body = |key: &Key| vec![b'x'; if key.id() == 0 { 65_600 } else { (key.id() % 40) as usize * 1000 }];
-            Ok(keys.iter().map(|key| (*key, Entry::Found(Body::new(body(key).into(), None)))).collect())
+            Ok(keys.iter().map(|key| (*key, Ok(Entry::Found(Body::new(body(key).into(), None))))).collect())
         })
     });
     let large = node.cache.get_or_load(&[key(0)], None, &load).await.remove(0).unwrap();

@@ -1,7 +1,7 @@
 //! L2: entries and leases in Redis, one hash per key, changed only by single-key commands and single-key scripts.
 //!
 //! Hash fields: `b` envelope, `l` when its load began, `f` fresh until, `t` lease token, `u` lease until, `a` when the
-//! leased load began; all times are Redis' own milliseconds, so instances' clocks never meet. Invariant (C3): `b` is
+//! leased load began, `d` how long the last load took; all times are Redis' own milliseconds, so instances' clocks never meet. Invariant (C3): `b` is
 //! written only by the holder of the current lease, and expiring takes `f` and the lease away in one step.
 
 use std::time::Duration;
@@ -19,18 +19,19 @@ use crate::{
 /// Fresh → the envelope. Leased by somebody → wait. Else the lease is the caller's. One round trip, atomic.
 const READ_OR_LEASE: &str = r"
 local token, lease, max_age, floor, want_stale = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
-local v = redis.call('HMGET', KEYS[1], 'b', 'l', 'f', 't', 'u')
+local v = redis.call('HMGET', KEYS[1], 'b', 'l', 'f', 't', 'u', 'd')
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
-local age = now - tonumber(v[2] or now)
+local age, took = now - tonumber(v[2] or now), tonumber(v[6] or 0)
 if v[1] and v[3] and now < tonumber(v[3]) and now - age >= floor and (max_age < 0 or age < max_age) then
-  return {'fresh', age, tonumber(v[3]) - now, v[1]}
+  return {'fresh', age, tonumber(v[3]) - now, took, v[1]}
 end
 local stale = want_stale == '1' and v[1] or ''
-if v[4] and now < tonumber(v[5]) then return {'leased', age, 0, stale} end
+local only_old = v[3] and now - age >= floor and 1 or 0
+if v[4] and now < tonumber(v[5]) then return {'leased', age, only_old, took, stale} end
 redis.call('HSET', KEYS[1], 't', token, 'u', now + lease, 'a', now)
 if redis.call('PTTL', KEYS[1]) < lease then redis.call('PEXPIRE', KEYS[1], lease) end
-return {'yours', age, 0, stale}
+return {'yours', age, only_old, took, stale}
 ";
 
 /// Stores an envelope if the caller's lease is still the current one.
@@ -40,7 +41,7 @@ if v[1] ~= ARGV[1] then return 0 end
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 redis.call('HDEL', KEYS[1], 't', 'u', 'a')
-redis.call('HSET', KEYS[1], 'b', ARGV[2], 'l', v[2], 'f', now + tonumber(ARGV[3]))
+redis.call('HSET', KEYS[1], 'b', ARGV[2], 'l', v[2], 'f', now + tonumber(ARGV[3]), 'd', now - tonumber(v[2]))
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 return 1
 ";
@@ -69,6 +70,10 @@ pub(super) struct Copy {
     pub(super) age: Duration,
     /// How long it is still fresh; zero for a stale one.
     pub(super) left: Duration,
+    /// How long its load took.
+    pub(super) took: Duration,
+    /// A stale one that nobody expired.
+    pub(super) only_old: bool,
 }
 
 /// What Redis says about a key.
@@ -217,12 +222,15 @@ impl L2 {
 
 /// What a reply says; `None` if it is a fresh envelope that cannot be used.
 fn read(key: &Key, token: Token, reply: Value) -> Result<Option<Read>, Error> {
-    let (state, age_ms, left_ms, envelope): (String, u64, u64, Vec<u8>) =
+    let (state, age_ms, left_ms, took_ms, envelope): (String, u64, u64, u64, Vec<u8>) =
         redis::from_redis_value(reply).map_err(RedisError::from)?;
+    let fresh = state == "fresh";
     let copy = entry::decode(key, Bytes::from(envelope)).map(|entry| Copy {
         entry,
         age: Duration::from_millis(age_ms),
-        left: Duration::from_millis(left_ms),
+        left: Duration::from_millis(if fresh { left_ms } else { 0 }),
+        took: Duration::from_millis(took_ms),
+        only_old: !fresh && left_ms == 1,
     });
     Ok(match state.as_str() {
         "fresh" => copy.map(Read::Fresh),

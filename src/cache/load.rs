@@ -4,7 +4,7 @@
 //! round trip to Redis and one query for all of them. Invariants: C2 and the Redis half of C3; S1, whatever Redis does
 //! costs time but never the answer.
 
-use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{collections::HashMap, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use futures_util::FutureExt;
 
@@ -12,8 +12,9 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::{
     Entry, Failure, How, Inner, Key, Level, Load,
+    gate::Outcome,
     l2::{Copy, Fill, Filled, L2, Read, Token},
-    memory::{Guard, Stored, span},
+    memory::{Guard, Purpose, Stored, duration, span},
 };
 
 /// Pauses between two looks at another instance's load: a load takes a few milliseconds, so the first looks are
@@ -62,22 +63,30 @@ async fn look(cache: &Arc<Inner>, l2: &L2, flights: Vec<Under>, want_stale: bool
     };
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for (mut under, read) in flights.into_iter().zip(reads) {
-        let keep = |copy: Option<Copy>| copy.map(|copy| cache.memory.stale_copy(copy.entry, copy.age));
+        let keep = |under: &mut Under, copy: Option<Copy>| {
+            let Some(Copy { entry, age, only_old, .. }) = copy else { return };
+            let stale = cache.memory.stale_copy(entry, age, !only_old, &under.guard.flight);
+            if only_old {
+                under.guard.flight.offer(stale.clone());
+            }
+            under.stale = Some(stale);
+        };
         match read {
             Read::Fresh(copy) => {
                 // Redis counts whole milliseconds, so its entry is up to one older than it says.
                 let born = sent - span(copy.age + Duration::from_millis(1));
                 let longest = duration_of(&copy.entry, cache.config.l1_duration, cache);
-                let stored = cache.memory.stored(copy.entry, born, copy.left.min(longest), &under.guard.flight);
+                let stored =
+                    cache.memory.stored(copy.entry, born, copy.left.min(longest), copy.took, &under.guard.flight);
                 under.guard.land(stored, How::hit(Level::Redis), true, false);
             }
             Read::Yours(token, stale) => {
                 under.token = Some(token);
-                under.stale = keep(stale).or(under.stale);
+                keep(&mut under, stale);
                 ours.push(under);
             }
             Read::Leased(stale) => {
-                under.stale = keep(stale).or(under.stale);
+                keep(&mut under, stale);
                 theirs.push(under);
             }
         }
@@ -97,7 +106,8 @@ async fn wait(cache: &Arc<Inner>, l2: &L2, mut theirs: Vec<Under>) -> Vec<Under>
         late.extend(ours);
         theirs = still;
     }
-    late.extend(theirs);
+    // A refresh that another instance did not deliver is dropped: what is in memory is still fresh.
+    late.extend(theirs.into_iter().filter(|under| under.guard.flight.purpose == Purpose::Miss));
     late
 }
 
@@ -108,26 +118,35 @@ async fn load_all(cache: &Arc<Inner>, flights: Vec<Under>, load: &Load) {
     }
     let born = cache.memory.now();
     let keys: Vec<_> = flights.iter().map(|under| under.guard.key).collect();
-    let attempt = AssertUnwindSafe(async { load(keys).await }).catch_unwind();
-    let entries = match timeout(cache.config.hard_timeout, attempt).await {
-        Ok(Ok(Ok(entries))) => entries,
-        Ok(Ok(Err(failure))) => return fail_all(cache, flights, failure).await,
-        Ok(Err(_panic)) => return fail_all(cache, flights, Failure::Broken("the load panicked".to_owned())).await,
-        Err(_) => {
-            let message = format!("the load took longer than {} ms", cache.config.hard_timeout.as_millis());
-            return fail_all(cache, flights, Failure::Unavailable(message)).await;
-        }
+    let attempt = async {
+        let permit = cache.gate.enter().await?;
+        let attempt = AssertUnwindSafe(async { load(keys).await }).catch_unwind();
+        let result = attempt.await.unwrap_or_else(|_| Err(Failure::Broken("the load panicked".to_owned())));
+        let failed = matches!(result, Err(Failure::Unavailable(_)));
+        permit.end(if failed { Outcome::Failed } else { Outcome::Answered });
+        result
     };
-    let mut found: std::collections::HashMap<Key, Entry> = entries.into_iter().collect();
-    let loaded = flights.into_iter().map(|under| {
-        let entry = found.remove(&under.guard.key).unwrap_or(Entry::Absent);
-        (under, entry)
-    });
-    fill_all(cache, loaded.collect(), born).await;
+    let late = || format!("the load took longer than {} ms", cache.config.hard_timeout.as_millis());
+    let result =
+        timeout(cache.config.hard_timeout, attempt).await.unwrap_or_else(|_| Err(Failure::Unavailable(late())));
+    let entries = match result {
+        Ok(entries) => entries,
+        Err(failure) => return fail_all(cache, flights, failure).await,
+    };
+    let mut found: HashMap<Key, Result<Entry, Failure>> = entries.into_iter().collect();
+    let mut loaded = Vec::with_capacity(flights.len());
+    for under in flights {
+        match found.remove(&under.guard.key).unwrap_or(Ok(Entry::Absent)) {
+            Ok(entry) => loaded.push((under, entry)),
+            Err(failure) => fail_all(cache, vec![under], failure).await,
+        }
+    }
+    fill_all(cache, loaded, born).await;
 }
 
 /// Offers the loaded entries to Redis, then to memory, and answers the readers.
 async fn fill_all(cache: &Arc<Inner>, loaded: Vec<(Under, Entry)>, born: i64) {
+    let took = duration(cache.memory.now() - born);
     let mut filled = vec![Filled::Unknown; loaded.len()];
     if let Some(remote) = &cache.shared {
         let storable = |under: &Under, entry: &Entry| under.token.is_some() && cache.memory.accepts(entry);
@@ -155,7 +174,7 @@ async fn fill_all(cache: &Arc<Inner>, loaded: Vec<(Under, Entry)>, born: i64) {
     }
     for ((under, entry), filled) in loaded.into_iter().zip(filled) {
         let fresh = duration_of(&entry, cache.config.l1_duration, cache);
-        let stored = cache.memory.stored(entry, born, fresh, &under.guard.flight);
+        let stored = cache.memory.stored(entry, born, fresh, took, &under.guard.flight);
         under.guard.land(stored, How::hit(Level::Database), true, filled == Filled::Revoked);
     }
 }
@@ -166,7 +185,7 @@ async fn fail_all(cache: &Arc<Inner>, flights: Vec<Under>, failure: Failure) {
     let mut leases = Vec::new();
     for under in flights {
         leases.extend(under.token.map(|token| (under.guard.key, token)));
-        under.guard.fail(failure.clone(), under.stale, cache.config.fail_safe_throttle);
+        under.guard.fail(failure.clone(), under.stale);
     }
     if let Some(remote) = &cache.shared {
         remote.l2.release(leases.iter().map(|(key, token)| (*key, token))).await;

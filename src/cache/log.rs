@@ -98,6 +98,7 @@ pub(super) struct Log {
     name: String,
     author: String,
     max_length: u64,
+    poll: Option<Duration>,
     kinds: &'static [&'static str],
     append: Lua,
 }
@@ -105,7 +106,13 @@ pub(super) struct Log {
 impl Log {
     pub(super) fn new(redis: Redis, config: &config::Redis, author: String, kinds: &'static [&'static str]) -> Self {
         let name = format!("{}:log", config.prefix);
-        Self { redis, name, author, max_length: config.log_max_length, kinds, append: Lua::new(APPEND) }
+        let (max_length, poll) = (config.log_max_length, config.frugal_poll);
+        Self { redis, name, author, max_length, poll, kinds, append: Lua::new(APPEND) }
+    }
+
+    /// Pause between two reads, where they must not block the connection they share.
+    pub(super) fn poll(&self) -> Option<Duration> {
+        self.poll
     }
 
     /// Carries out `before` and then appends the notice, in one round trip. `Ok` only if all of it happened.
@@ -174,13 +181,17 @@ impl Reader<'_> {
         self.position
     }
 
-    /// Waits up to [`BLOCK`] for notices after the position. On an error the position stays, so the next read resumes.
+    /// Waits up to [`BLOCK`] (or not at all, where the log is polled) for notices after the position. On an error the position stays, so the next read resumes.
     pub(super) async fn read(&mut self) -> Result<Heard, Error> {
         let Some(position) = self.position else { return self.start(News::Missed).await };
         let mut command = redis::cmd("XREAD");
-        command.arg("COUNT").arg(PAGE).arg("BLOCK").arg(BLOCK.as_millis() as u64);
+        command.arg("COUNT").arg(PAGE);
+        let block = if self.log.poll.is_none() { BLOCK } else { Duration::ZERO };
+        if !block.is_zero() {
+            command.arg("BLOCK").arg(block.as_millis() as u64);
+        }
         command.arg("STREAMS").arg(&self.log.name).arg(position.to_string());
-        let reply: Option<StreamReadReply> = only(self.log.redis.send_on_log(&[command], BLOCK).await?)?;
+        let reply: Option<StreamReadReply> = only(self.log.redis.send_on_log(&[command], block).await?)?;
         let entries = reply.and_then(|reply| reply.keys.into_iter().next()).map_or_else(Vec::new, |key| key.ids);
         if entries.is_empty() {
             return self.check_tail(position).await;

@@ -8,7 +8,7 @@ use std::{
     collections::HashMap,
     hash::{BuildHasher, RandomState},
     sync::{
-        Arc, Mutex, MutexGuard,
+        Arc, Mutex, MutexGuard, OnceLock,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
@@ -40,10 +40,14 @@ pub(super) struct Stored {
     pub(super) fresh_until: Moment,
     /// When this instance took it over: the moment up to which it is known not to be expired.
     pub(super) filled: Moment,
+    /// How long its load took.
+    took: i64,
     epoch: u64,
     expired: AtomicBool,
-    /// Until when the stale copy is served without another attempt to load.
+    /// Until when no other attempt to load is made on its behalf; a stale copy is served meanwhile.
     retry_at: AtomicI64,
+    /// The reason for that is a slow database, not a failing one.
+    slow: AtomicBool,
 }
 
 /// Where expiries are heard from.
@@ -73,17 +77,34 @@ pub(super) struct Landed {
     pub(super) overtaken: bool,
 }
 
+/// Why a flight is under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// Readers wait for it.
+    Miss,
+    /// What is in memory will end soon and is asked for often.
+    Refresh,
+}
+
 /// One load of one key.
 #[derive(Debug)]
 pub(super) struct Flight {
     pub(super) began: Moment,
     pub(super) max_age: Option<Duration>,
+    pub(super) purpose: Purpose,
+    /// A copy from Redis that merely grew old, for readers whose patience ends.
+    old: OnceLock<Arc<Stored>>,
     epoch: u64,
     overtaken: AtomicBool,
     landed: watch::Sender<Option<Landed>>,
 }
 
 impl Flight {
+    /// Offers a copy that merely grew old to readers whose patience ends.
+    pub(super) fn offer(&self, old: Arc<Stored>) {
+        let _ = self.old.set(old);
+    }
+
     /// Waits for the end; `None` if the load was abandoned (it panicked or was stopped).
     pub(super) async fn landed(&self, mut results: watch::Receiver<Option<Landed>>) -> Option<Landed> {
         results.wait_for(Option::is_some).await.ok().and_then(|landed| landed.clone())
@@ -102,6 +123,8 @@ pub(super) struct Memory {
     epoch: AtomicU64,
     heard: [AtomicI64; 2],
     started: Instant,
+    eager_factor: f64,
+    throttle: i64,
     unheard_max: i64,
     fail_safe_max: i64,
     max_body_bytes: usize,
@@ -135,6 +158,8 @@ impl Memory {
             epoch: AtomicU64::new(0),
             heard: [const { AtomicI64::new(NOT_NEEDED) }; 2],
             started: Instant::now(),
+            eager_factor: f64::from(config.eager_factor),
+            throttle: span(config.fail_safe_throttle),
             unheard_max: span(config.unheard_max),
             fail_safe_max: span(config.fail_safe_max),
             max_body_bytes: config.max_body_bytes,
@@ -149,26 +174,34 @@ impl Memory {
         span(self.started.elapsed())
     }
 
-    /// An entry that may be stored; `fresh` counts from now.
-    pub(super) fn stored(&self, entry: Entry, born: Moment, fresh: Duration, flight: &Flight) -> Arc<Stored> {
+    /// An entry that may be stored; `fresh` counts from now, `took` is how long its load took.
+    pub(super) fn stored(
+        &self,
+        entry: Entry,
+        born: Moment,
+        fresh: Duration,
+        took: Duration,
+        flight: &Flight,
+    ) -> Arc<Stored> {
         let filled = self.now();
         Arc::new(Stored {
             entry,
             born,
             fresh_until: filled.saturating_add(span(fresh)),
             filled,
+            took: span(took),
             epoch: flight.epoch,
             expired: AtomicBool::new(false),
             retry_at: AtomicI64::new(Moment::MIN),
+            slow: AtomicBool::new(false),
         })
     }
 
-    /// A copy that is no longer fresh.
-    pub(super) fn stale_copy(&self, entry: Entry, age: Duration) -> Arc<Stored> {
-        let now = self.now();
-        let born = now - span(age);
-        let (expired, retry_at) = (AtomicBool::new(true), AtomicI64::new(Moment::MIN));
-        Arc::new(Stored { entry, born, fresh_until: now, filled: now, epoch: 0, expired, retry_at })
+    /// A copy that is no longer fresh; `expired` unless it merely grew old.
+    pub(super) fn stale_copy(&self, entry: Entry, age: Duration, expired: bool, flight: &Flight) -> Arc<Stored> {
+        let copy = self.stored(entry, self.now() - span(age), Duration::ZERO, Duration::ZERO, flight);
+        copy.expired.store(expired, Ordering::Relaxed);
+        copy
     }
 
     /// Whether a body may be kept at all.
@@ -185,7 +218,63 @@ impl Memory {
             return young.then(|| Answer::new(stored, How::hit(Level::Memory), now));
         }
         let left_alone = now < stored.retry_at.load(Ordering::Relaxed) && self.may_serve_stale(&stored, now);
-        left_alone.then(|| Answer::new(stored, How::stale(Stale::DatabaseFailed), now))
+        left_alone.then(|| {
+            let why = if stored.slow.load(Ordering::Relaxed) { Stale::DatabaseSlow } else { Stale::DatabaseFailed };
+            Answer::new(stored, How::stale(why), now)
+        })
+    }
+
+    /// Whether a fresh answer is close enough to its end to be loaded anew: XFetch (Vattani, Chierichetti and
+    /// Lowenstein, "Optimal Probabilistic Cache Stampede Prevention", 2015), so that the longer a load takes and the
+    /// more often an entry is read, the likelier one reader loads it in time.
+    pub(super) fn wants_refresh(&self, answer: &Answer) -> bool {
+        let stored = &answer.stored;
+        let left = (stored.fresh_until - answer.at) as f64;
+        let lead = stored.took as f64 * self.eager_factor;
+        // The logarithm is above 20 twice in a thousand million times; until then there is nothing to draw.
+        left < lead * 20.0
+            && answer.how.stale.is_none()
+            && answer.at >= stored.retry_at.load(Ordering::Relaxed)
+            && left <= lead * -rand::random::<f64>().ln()
+    }
+
+    /// Leads a flight that refreshes what `answer` holds, unless one is under way already.
+    pub(super) fn refresh(self: &Arc<Self>, key: Key, answer: &Answer) -> Option<Guard> {
+        /// Redis counts milliseconds, and its copy of this very entry must not pass for a younger one.
+        const SLACK: Duration = Duration::from_millis(100);
+        let mut flights = self.flights(&key);
+        if flights.contains_key(&key) {
+            return None;
+        }
+        let younger = answer.age().saturating_sub(SLACK);
+        let flight = self.flight(Some(younger), Purpose::Refresh, self.epoch.load(Ordering::Acquire));
+        flights.insert(key, flight.clone());
+        Some(Guard { memory: self.clone(), key, flight })
+    }
+
+    /// What a reader gets whose patience with this flight ends: an entry that merely grew old, if there is one. Later
+    /// readers then get it at once, while the flight goes on.
+    pub(super) fn old(&self, key: &Key, flight: &Arc<Flight>) -> Option<Answer> {
+        let flights = self.flights(key);
+        if !flights.get(key).is_some_and(|current| Arc::ptr_eq(current, flight)) {
+            return None; // it has landed or was overtaken: there is something better to wait for
+        }
+        let (now, epoch) = (self.now(), self.epoch.load(Ordering::Acquire));
+        let merely_old = |stored: &Arc<Stored>| {
+            !stored.expired.load(Ordering::Acquire) && stored.epoch == epoch && self.may_serve_stale(stored, now)
+        };
+        let here = self.entries.peek(key).filter(merely_old);
+        let stored = match here {
+            Some(stored) => stored,
+            None => {
+                let stored = flight.old.get().filter(|stored| merely_old(stored)).cloned()?;
+                self.entries.insert(*key, stored.clone());
+                stored
+            }
+        };
+        stored.slow.store(true, Ordering::Relaxed);
+        stored.retry_at.store(now.saturating_add(self.throttle), Ordering::Relaxed);
+        Some(Answer::new(stored, How::stale(Stale::DatabaseSlow), now))
     }
 
     fn is_fresh(&self, stored: &Stored, now: Moment) -> bool {
@@ -221,19 +310,25 @@ impl Memory {
         match flights.get(&key) {
             Some(flight) if flight.epoch == epoch => Joined::Wait(flight.clone()),
             _ => {
-                let flight = Arc::new(Flight {
-                    began: self.now(),
-                    max_age,
-                    epoch,
-                    overtaken: AtomicBool::new(false),
-                    landed: watch::Sender::new(None),
-                });
+                let flight = self.flight(max_age, Purpose::Miss, epoch);
                 if let Some(old) = flights.insert(key, flight.clone()) {
                     old.overtaken.store(true, Ordering::Release);
                 }
                 Joined::Lead(Guard { memory: self.clone(), key, flight })
             }
         }
+    }
+
+    fn flight(&self, max_age: Option<Duration>, purpose: Purpose, epoch: u64) -> Arc<Flight> {
+        Arc::new(Flight {
+            began: self.now(),
+            max_age,
+            purpose,
+            old: OnceLock::new(),
+            epoch,
+            overtaken: AtomicBool::new(false),
+            landed: watch::Sender::new(None),
+        })
     }
 
     /// Makes a key's entry stale and its flight useless for whoever comes from now on.
@@ -305,8 +400,8 @@ impl Guard {
         self.flight.landed.send_replace(Some(Landed { result: Ok(answer), overtaken }));
     }
 
-    /// Ends the flight with a failure: a stale copy, if there is one, is the answer until `throttle` has passed.
-    pub(super) fn fail(self, failure: Failure, stale: Option<Arc<Stored>>, throttle: Duration) {
+    /// Ends the flight with a failure: a stale copy, if there is one, is the answer until the throttle's time is over.
+    pub(super) fn fail(self, failure: Failure, stale: Option<Arc<Stored>>) {
         let now = self.memory.now();
         let mut flights = self.memory.flights(&self.key);
         let overtaken = !self.leave(&mut flights);
@@ -314,7 +409,8 @@ impl Guard {
             None => Err(failure),
             Some(stored) => {
                 if !overtaken {
-                    stored.retry_at.store(now.saturating_add(span(throttle)), Ordering::Relaxed);
+                    stored.slow.store(false, Ordering::Relaxed);
+                    stored.retry_at.store(now.saturating_add(self.memory.throttle), Ordering::Relaxed);
                     self.memory.entries.insert(self.key, stored.clone());
                 }
                 Ok(Answer::new(stored, How::stale(Stale::DatabaseFailed), now))

@@ -7,6 +7,7 @@
 
 pub mod entry;
 mod expiry;
+mod gate;
 mod l2;
 mod load;
 mod log;
@@ -83,8 +84,10 @@ impl Hash for Key {
     }
 }
 
-/// A future that a [`Load`] returns: entries by key; keys left out are absent.
-pub type Loading = Pin<Box<dyn Future<Output = Result<Vec<(Key, Entry)>, Failure>> + Send>>;
+/// What a [`Load`] found: an entry per key, or why that one cannot be told; keys left out are absent.
+pub type Loaded = Vec<(Key, Result<Entry, Failure>)>;
+/// A future that a [`Load`] returns. A failure of all of it counts as the database's; one of a single key does not.
+pub type Loading = Pin<Box<dyn Future<Output = Result<Loaded, Failure>> + Send>>;
 /// Reads entries from the source of truth, in one query. Runs apart from the reader, at most once per key at a time.
 pub type Load = Arc<dyn Fn(Vec<Key>) -> Loading + Send + Sync>;
 
@@ -115,6 +118,8 @@ pub enum Level {
 pub enum Stale {
     /// The database failed, so the last known entry is served.
     DatabaseFailed,
+    /// The database is slow, so an entry that merely grew old is served while it is loaded anew.
+    DatabaseSlow,
 }
 
 /// How an answer came about.
@@ -196,6 +201,7 @@ struct Inner {
     memory: Arc<Memory>,
     shared: Option<Remote>,
     queue: expiry::Queue,
+    gate: gate::Gate,
     /// Entries in Redis whose load began before this are stale (Redis' clock, milliseconds).
     floor_ms: AtomicU64,
     position: Mutex<Option<Position>>,
@@ -236,6 +242,7 @@ impl Cache {
             memory: Arc::new(Memory::new(config, &sources)),
             shared,
             queue: expiry::Queue::default(),
+            gate: gate::Gate::new(config),
             floor_ms: AtomicU64::new(0),
             position: Mutex::new(None),
             background: background.clone(),
@@ -249,9 +256,14 @@ impl Cache {
         Self { inner, _tasks: tasks }
     }
 
-    /// The answer from this process's memory, if it has one that is younger than `max_age`. Never waits.
-    pub fn get(&self, key: &Key, max_age: Option<Duration>) -> Option<Answer> {
-        self.inner.memory.get(key, max_age)
+    /// The answer from this process's memory, if it has one that is younger than `max_age`. Never waits; one that will
+    /// end soon may be loaded anew behind the reader's back.
+    pub fn get(&self, key: &Key, max_age: Option<Duration>, load: &Load) -> Option<Answer> {
+        let answer = self.inner.memory.get(key, max_age)?;
+        if self.inner.memory.wants_refresh(&answer) {
+            self.inner.fly(self.inner.memory.refresh(*key, &answer).into_iter().collect(), load);
+        }
+        Some(answer)
     }
 
     /// The answers for all these keys, in order: from memory, else from Redis (one round trip for all), else from the
@@ -327,8 +339,16 @@ impl Cache {
             log_unheard_for: inner.memory.unheard_for(Source::Log),
             feed_unheard_for: inner.memory.unheard_for(Source::Feed),
             expiries_queued: if everything { usize::MAX } else { queued },
+            breaker_open: inner.gate.is_open(),
             redis_connected: inner.shared.as_ref().map(|remote| remote.redis.is_connected()),
         }
+    }
+
+    /// How long a reader still waits before it takes an entry that merely grew old; `None`: as long as it must.
+    fn patience(&self, arrived: memory::Moment, max_age: Option<Duration>) -> Option<Duration> {
+        let soft_timeout = self.inner.config.soft_timeout;
+        let waited = memory::duration(self.inner.memory.now() - arrived);
+        (max_age.is_none() && !soft_timeout.is_zero()).then(|| soft_timeout.saturating_sub(waited))
     }
 
     /// Waits for this reader's flight, and for another where the first one's result is not good enough for it.
@@ -345,7 +365,19 @@ impl Cache {
             let landed = match wait {
                 Wait::Ready(answer) => return Ok(answer),
                 Wait::For { flight, results, collapsed } => {
-                    flight.landed(results).await.map(|landed| (landed, flight.began, collapsed))
+                    let landing = flight.landed(results);
+                    tokio::pin!(landing);
+                    let landed = match self.patience(arrived, max_age) {
+                        None => landing.await,
+                        Some(patience) => match tokio::time::timeout(patience, &mut landing).await {
+                            Ok(landed) => landed,
+                            Err(_) => match self.inner.memory.old(&key, &flight) {
+                                Some(answer) => return Ok(answer),
+                                None => landing.await,
+                            },
+                        },
+                    };
+                    landed.map(|landed| (landed, flight.began, collapsed))
                 }
             };
             if let Some((landed, began, collapsed)) = landed {
@@ -395,6 +427,8 @@ pub struct Status {
     pub expiries_queued: usize,
     /// Whether Redis can be reached; `None`: there is none.
     pub redis_connected: Option<bool>,
+    /// Whether the database is left alone but for probes.
+    pub breaker_open: bool,
 }
 
 /// A reader's place.
@@ -483,5 +517,10 @@ async fn listen(cache: Arc<Inner>) {
             cache.memory.heard(Source::Log, sent);
         }
         *cache.position.lock().unwrap_or_else(PoisonError::into_inner) = reader.position();
+        if heard.caught_up
+            && let Some(pause) = remote.log.poll()
+        {
+            sleep(pause).await;
+        }
     }
 }

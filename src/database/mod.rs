@@ -83,16 +83,18 @@ pub enum Error {
     /// It cannot be reached, is overloaded, or failed: try again later.
     #[error("database unavailable: {0}")]
     Unavailable(String),
-    /// A row holds something that its column's kind cannot: someone must correct the row.
-    #[error("row {key}: column {column}: {problem}")]
-    Row {
-        /// Key of the row.
-        key: i64,
-        /// Column that cannot be read.
-        column: &'static str,
-        /// What is wrong, without the value.
-        problem: String,
-    },
+}
+
+/// A row that holds something that its column's kind cannot: someone must correct it. Others are not affected.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("row {key}: column {column}: {problem}")]
+pub struct BadRow {
+    /// Key of the row.
+    pub key: i64,
+    /// Column that cannot be read.
+    pub column: &'static str,
+    /// What is wrong, without the value.
+    pub problem: String,
 }
 
 /// The pool. Share it behind the `App`; it is made once.
@@ -121,7 +123,7 @@ impl Database {
     /// The rows with these keys, in one query, in no particular order; keys without a row are left out.
     ///
     /// Dropping the future cancels the query and leaves the pool usable.
-    pub async fn rows(&self, table: &'static Table, keys: &[i64]) -> Result<Vec<Row>, Error> {
+    pub async fn rows(&self, table: &'static Table, keys: &[i64]) -> Result<Vec<Result<Row, BadRow>>, Error> {
         match &self.engine {
             Engine::Sqlite(sqlite) => sqlite.rows(table, keys).await,
         }

@@ -18,7 +18,7 @@ use sqlx::{
 };
 use tokio::sync::{Mutex, OnceCell};
 
-use super::{Changes, Error, Kind, Row, Table, Value};
+use super::{BadRow, Changes, Error, Kind, Row, Table, Value};
 use crate::config;
 
 /// Tables, seed rows and triggers of the embedded catalogue.
@@ -57,7 +57,7 @@ impl Sqlite {
         }
     }
 
-    pub(super) async fn rows(&self, table: &'static Table, keys: &[i64]) -> Result<Vec<Row>, Error> {
+    pub(super) async fn rows(&self, table: &'static Table, keys: &[i64]) -> Result<Vec<Result<Row, BadRow>>, Error> {
         let columns: Vec<_> = table.columns.iter().map(|(name, _)| *name).collect();
         let select = format!("SELECT {}, {} FROM {}", table.key, columns.join(", "), table.name);
         let pool = &self.opened().await?.pool;
@@ -73,7 +73,7 @@ impl Sqlite {
                 sqlx::query(sql).bind(keys).fetch_all(pool).await
             }
         };
-        rows.map_err(unavailable)?.iter().map(|row| decode(table, row)).collect()
+        Ok(rows.map_err(unavailable)?.iter().map(|row| decode(table, row)).collect())
     }
 
     pub(super) async fn latest_change(&self, table: &'static Table) -> Result<i64, Error> {
@@ -194,10 +194,11 @@ fn unavailable(error: sqlx::Error) -> Error {
     Error::Unavailable(error.to_string())
 }
 
-fn decode(table: &'static Table, row: &SqliteRow) -> Result<Row, Error> {
-    let key: i64 = row.try_get_unchecked(0).map_err(unavailable)?;
+fn decode(table: &'static Table, row: &SqliteRow) -> Result<Row, BadRow> {
+    // The key is what the row was found by, so it is a number.
+    let key: i64 = row.try_get_unchecked(0).unwrap_or_default();
     let values = table.columns.iter().enumerate().map(|(index, (column, kind))| {
-        decode_value(row, index + 1, *kind).map_err(|problem| Error::Row { key, column, problem })
+        decode_value(row, index + 1, *kind).map_err(|problem| BadRow { key, column, problem })
     });
     Ok(Row { key, values: values.collect::<Result<_, _>>()? })
 }

@@ -33,7 +33,7 @@ pub(super) async fn handle(app: &App, request: &HttpRequest) -> Result<HttpRespo
     match asked {
         Asked::One(id) => {
             let key = key(id);
-            let answer = match app.cache.get(&key, max_age) {
+            let answer = match app.cache.get(&key, max_age, &app.load) {
                 Some(answer) => answer,
                 None => load(app, &[key], max_age).await.remove(0)?,
             };
@@ -147,6 +147,7 @@ fn cache_status(app: &App, answer: &Answer, ttl_s: i64, max_age: Option<Duration
     let _ = match (how.level, how.stale) {
         (Level::Memory, None) => write!(status, "L1; hit; ttl={ttl_s}"),
         (_, Some(Stale::DatabaseFailed)) => write!(status, "L1; hit; ttl={ttl_s}; detail=database-failed"),
+        (_, Some(Stale::DatabaseSlow)) => write!(status, "L1; hit; ttl={ttl_s}; detail=database-slow"),
         (Level::Redis, None) => write!(status, "L2; hit; ttl={ttl_s}, L1; fwd={forward}"),
         (Level::Database, None) if app.config.redis.is_some() => write!(status, "L2; fwd={forward}, L1; fwd={forward}"),
         (Level::Database, None) => write!(status, "L1; fwd={forward}"),

@@ -88,7 +88,11 @@ fn load_products(database: Arc<Database>, counts: Arc<Counts>) -> Load {
             let ids: Vec<_> = keys.iter().map(Key::id).collect();
             let products = product::load(&database, &ids).await;
             let products = products.map_err(|error| Failure::Unavailable(error.to_string()))?;
-            Ok(products.into_iter().map(|product| (Key::new(product::KIND, product.id), entry(product))).collect())
+            let found = products.into_iter().map(|product| match product {
+                Ok(product) => (Key::new(product::KIND, product.id), Ok(entry(product))),
+                Err(row) => (Key::new(product::KIND, row.key), Err(Failure::Unavailable(row.to_string()))),
+            });
+            Ok(found.collect())
         }
         .boxed()
     })
@@ -259,6 +263,7 @@ impl App {
                 "stale": read(&counts.stale),
             },
             "loads": read(&counts.loads),
+            "breakerOpen": cache.breaker_open,
             "expiredKeys": read(&counts.expired),
             "bugs": read(&counts.broken) + background::panics(),
             "memory": { "entries": cache.entries, "bytes": cache.bytes },
