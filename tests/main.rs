@@ -8,6 +8,7 @@ mod support;
 
 mod cache;
 mod coherence;
+mod faults;
 mod get_product_by_id;
 mod host_stand_in;
 mod invalidate_cache;

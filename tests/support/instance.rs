@@ -109,6 +109,12 @@ impl Instance {
         super::sqlite(&self.database(), sql);
     }
 
+    /// Makes every query of products take at least this many steps of SQLite's (some millions take a second); 0: ends
+    /// it. Rows are edited in `product_rows` from the first call on.
+    pub fn drag(&self, steps: u64) {
+        super::drag(&self.database(), steps);
+    }
+
     /// Waits for the end; `None` if a signal ended it.
     pub async fn exit_code(&mut self) -> Option<i32> {
         eventually("the process ends", async || self.child.try_wait().expect("waits")).await.code()

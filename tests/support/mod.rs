@@ -40,3 +40,17 @@ pub fn sqlite(file: &std::path::Path, sql: &str) {
     let output = output.unwrap_or_else(|error| panic!("sqlite3 is not installed ({error}): run scripts/test"));
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
+
+/// See [`instance::Instance::drag`].
+pub fn drag(file: &std::path::Path, steps: u64) {
+    let view = "CREATE TABLE drag (steps INTEGER);
+        ALTER TABLE product RENAME TO product_rows;
+        CREATE VIEW product AS SELECT rows.* FROM product_rows AS rows WHERE (
+          WITH RECURSIVE step(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM step WHERE n < (SELECT steps FROM drag))
+          SELECT count(*) FROM step) > 0;";
+    let prepared = std::process::Command::new("sqlite3").arg(file).arg("SELECT 1 FROM drag").output().expect("sqlite3");
+    if !prepared.status.success() {
+        sqlite(file, view);
+    }
+    sqlite(file, &format!("DELETE FROM drag; INSERT INTO drag VALUES ({steps})"));
+}

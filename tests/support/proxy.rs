@@ -26,8 +26,6 @@ pub enum Fault {
     Refuse,
     /// Holds every byte back.
     Stall,
-    /// Holds back what comes over the connection that reads the invalidation log.
-    StallLog,
     /// Passes each piece on this much later.
     Slow(Duration),
     /// Passes on half of the next reply, and closes.
@@ -36,16 +34,27 @@ pub enum Fault {
     Garbage,
 }
 
+/// Which connections a fault is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Link {
+    /// All of them.
+    Every,
+    /// The one that reads the invalidation log; a new connection counts as one as soon as it does.
+    Log,
+    /// All but that.
+    NotLog,
+}
+
 pub struct Proxy {
     pub port: u16,
-    fault: Arc<watch::Sender<Fault>>,
+    orders: Arc<watch::Sender<(Link, Fault)>>,
     task: AbortHandle,
 }
 
 impl Drop for Proxy {
     fn drop(&mut self) {
         self.task.abort();
-        self.fault.send_replace(Fault::Refuse);
+        self.set(Fault::Refuse);
     }
 }
 
@@ -53,22 +62,26 @@ impl Proxy {
     pub async fn start(server_port: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let port = listener.local_addr().expect("bound").port();
-        let fault = Arc::new(watch::Sender::new(Fault::None));
-        let faults = fault.clone();
+        let orders = Arc::new(watch::Sender::new((Link::Every, Fault::None)));
+        let new_orders = orders.clone();
         let task = tokio::spawn(async move {
             loop {
                 let Ok((client, _)) = listener.accept().await else { continue };
-                let faults = faults.subscribe();
-                if *faults.borrow() != Fault::Refuse {
-                    tokio::spawn(carry(client, SocketAddr::from(([127, 0, 0, 1], server_port)), faults));
+                let orders = new_orders.subscribe();
+                if *orders.borrow() != (Link::Every, Fault::Refuse) {
+                    tokio::spawn(carry(client, SocketAddr::from(([127, 0, 0, 1], server_port)), orders));
                 }
             }
         });
-        Self { port, fault, task: task.abort_handle() }
+        Self { port, orders, task: task.abort_handle() }
     }
 
     pub fn set(&self, fault: Fault) {
-        self.fault.send_replace(fault);
+        self.set_on(Link::Every, fault);
+    }
+
+    pub fn set_on(&self, link: Link, fault: Fault) {
+        self.orders.send_replace((link, fault));
     }
 
     pub fn redis_url(&self) -> String {
@@ -76,16 +89,47 @@ impl Proxy {
     }
 }
 
-async fn carry(client: TcpStream, server: SocketAddr, mut faults: watch::Receiver<Fault>) {
+/// A connection's own view of the orders.
+struct Orders {
+    orders: watch::Receiver<(Link, Fault)>,
+    reads_log: Arc<AtomicBool>,
+}
+
+impl Orders {
+    fn applies(link: Link, reads_log: bool) -> bool {
+        match link {
+            Link::Every => true,
+            Link::Log => reads_log,
+            Link::NotLog => !reads_log,
+        }
+    }
+
+    fn fault(&mut self) -> Fault {
+        let (link, fault) = *self.orders.borrow_and_update();
+        if Self::applies(link, self.reads_log.load(Ordering::SeqCst)) { fault } else { Fault::None }
+    }
+
+    async fn until(&mut self, wanted: impl Fn(Fault) -> bool) {
+        while !wanted(self.fault()) {
+            // What a connection is for may show later than the order.
+            let _ = tokio::time::timeout(Duration::from_millis(20), self.orders.changed()).await;
+        }
+    }
+}
+
+async fn carry(client: TcpStream, server: SocketAddr, orders: watch::Receiver<(Link, Fault)>) {
     let Ok(server) = TcpStream::connect(server).await else { return };
     let (mut from_client, mut to_client) = client.into_split();
     let (mut from_server, mut to_server) = server.into_split();
-    let mut refusals = faults.clone();
-    let reads_log = AtomicBool::new(false);
+    let reads_log = Arc::new(AtomicBool::new(false));
+    let mut orders = Orders { orders, reads_log: reads_log.clone() };
+    let mut refusals = Orders { orders: orders.orders.clone(), reads_log: reads_log.clone() };
     let up = async {
         let mut piece = vec![0; 64 * 1024];
         while let Ok(length @ 1..) = from_client.read(&mut piece).await {
-            if piece[..length].windows(5).any(|part| part == b"XREAD") {
+            // XREAD, and the XREVRANGE it starts with.
+            let about_log = |part: &[u8]| part == b"XREAD" || part == b"XREVR";
+            if piece[..length].windows(5).any(about_log) {
                 reads_log.store(true, Ordering::SeqCst);
             }
             if to_server.write_all(&piece[..length]).await.is_err() {
@@ -96,19 +140,15 @@ async fn carry(client: TcpStream, server: SocketAddr, mut faults: watch::Receive
     let down = async {
         let mut piece = vec![0; 64 * 1024];
         while let Ok(length @ 1..) = from_server.read(&mut piece).await {
-            let fault = *faults.borrow_and_update();
-            match fault {
-                Fault::Stall => drop(faults.wait_for(|fault| *fault != Fault::Stall).await),
-                Fault::StallLog if reads_log.load(Ordering::SeqCst) => {
-                    drop(faults.wait_for(|fault| *fault != Fault::StallLog).await);
-                }
+            match orders.fault() {
+                Fault::Stall => orders.until(|fault| fault != Fault::Stall).await,
                 Fault::Slow(delay) => sleep(delay).await,
                 Fault::CutMidReply => {
                     let _ = to_client.write_all(&piece[..length / 2]).await;
                     return;
                 }
                 Fault::Garbage => piece[..length].fill(b'?'),
-                Fault::None | Fault::StallLog | Fault::Refuse => {}
+                Fault::None | Fault::Refuse => {}
             }
             if to_client.write_all(&piece[..length]).await.is_err() {
                 return;
@@ -118,6 +158,6 @@ async fn carry(client: TcpStream, server: SocketAddr, mut faults: watch::Receive
     tokio::select! {
         () = up => {}
         () = down => {}
-        _ = refusals.wait_for(|fault| *fault == Fault::Refuse) => {}
+        () = refusals.until(|fault| fault == Fault::Refuse) => {}
     }
 }

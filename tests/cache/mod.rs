@@ -1,189 +1,25 @@
-//! The cache against a real Redis, with a source of truth that can be held back, fail and hang: C1–C7 and S1.
+//! The cache against a real Redis, with a source of truth that can be held back, fail and hang: C1–C7.
+
+mod resilience;
+mod world;
 
 use std::{
-    collections::{BTreeMap, HashMap},
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
-use product_cache::{
-    cache::{Answer, Cache, Entry, Failure, Feed, Key, Level, Load, Stale, entry::Body},
-    config::Config,
-    redis::Redis,
-};
-use tokio::{
-    runtime::Handle,
-    sync::watch,
-    task::JoinHandle,
-    time::{Instant, sleep, timeout},
-};
+use product_cache::cache::{Failure, Level};
+use tokio::time::{Instant, sleep, timeout};
 
+use self::world::{BUDGET, Node, Truth, ended, key, value};
 use crate::support::{
     PATIENCE, eventually,
-    proxy::{Fault, Proxy},
+    proxy::{Fault, Link, Proxy},
     redis::RedisServer,
 };
-
-const KIND: &str = "thing";
-const BUDGET: Duration = Duration::from_secs(10);
-
-fn key(id: i64) -> Key {
-    Key::new(KIND, id)
-}
-
-/// The source of truth that the nodes of a test share: a number per id.
-#[derive(Clone)]
-struct Truth(Arc<Inner>);
-
-struct Inner {
-    values: Mutex<HashMap<i64, u64>>,
-    loads: Mutex<Vec<Vec<i64>>>,
-    begun: AtomicUsize,
-    /// Loads that may end: those up to the first number, and the second one.
-    gate: watch::Sender<(usize, usize)>,
-    failing: AtomicBool,
-    panicking: AtomicBool,
-}
-
-impl Truth {
-    fn new(values: &[(i64, u64)]) -> Self {
-        Self(Arc::new(Inner {
-            values: Mutex::new(values.iter().copied().collect()),
-            loads: Mutex::default(),
-            begun: AtomicUsize::new(0),
-            gate: watch::Sender::new((usize::MAX, 0)),
-            failing: AtomicBool::new(false),
-            panicking: AtomicBool::new(false),
-        }))
-    }
-
-    fn set(&self, id: i64, value: u64) {
-        self.0.values.lock().unwrap().insert(id, value);
-    }
-
-    /// From now on loads read their values and then wait.
-    fn hold(&self) {
-        self.0.gate.send_replace((0, 0));
-    }
-
-    fn release(&self) {
-        self.0.gate.send_replace((usize::MAX, 0));
-    }
-
-    /// Lets the `number`th load of all, counted from 1, end before the others.
-    fn release_only(&self, number: usize) {
-        self.0.gate.send_replace((0, number));
-    }
-
-    fn fail(&self, failing: bool) {
-        self.0.failing.store(failing, Ordering::SeqCst);
-    }
-
-    fn loads(&self) -> usize {
-        self.0.loads.lock().unwrap().len()
-    }
-
-    async fn begun(&self, loads: usize) {
-        eventually("a load begins", async || (self.0.begun.load(Ordering::SeqCst) >= loads).then_some(())).await;
-    }
-
-    fn load(&self) -> Load {
-        let truth = self.clone();
-        Arc::new(move |keys| {
-            let truth = truth.clone();
-            Box::pin(async move {
-                let inner = &truth.0;
-                let ids: Vec<_> = keys.iter().map(Key::id).collect();
-                inner.loads.lock().unwrap().push(ids);
-                // As a database does: what is read is what is there when the query begins.
-                let values = inner.values.lock().unwrap().clone();
-                let number = inner.begun.fetch_add(1, Ordering::SeqCst) + 1;
-                let _ = inner.gate.subscribe().wait_for(|(up_to, one)| number <= *up_to || number == *one).await;
-                if inner.panicking.swap(false, Ordering::SeqCst) {
-                    panic!("planted");
-                }
-                if inner.failing.load(Ordering::SeqCst) {
-                    return Err(Failure::Unavailable("planted".to_owned()));
-                }
-                let found = keys.into_iter().filter_map(|key| Some((key, Ok(entry(*values.get(&key.id())?)))));
-                Ok(found.collect())
-            })
-        })
-    }
-}
-
-fn entry(value: u64) -> Entry {
-    Entry::Found(Body::new(value.to_string().into(), None))
-}
-
-/// One instance's cache.
-struct Node {
-    cache: Arc<Cache>,
-    load: Load,
-}
-
-impl Node {
-    fn new(truth: &Truth, redis_url: Option<&str>, settings: &[(&str, &str)]) -> Self {
-        let mut variables: BTreeMap<String, String> = BTreeMap::new();
-        variables.insert("CACHE_JITTER_PERCENT".into(), "0".into());
-        variables.extend(redis_url.map(|url| ("Redis".to_owned(), url.to_owned())));
-        variables.extend(settings.iter().map(|(name, value)| (name.to_string(), value.to_string())));
-        let config = Config::from_variables(&variables).expect("valid settings");
-        let redis = config.redis.as_ref().map(|redis| (Redis::start(redis, &Handle::current()).unwrap(), redis));
-        let cache = Cache::start(&config.cache, redis, Feed::None, &[KIND], &Handle::current());
-        Self { cache: Arc::new(cache), load: truth.load() }
-    }
-
-    /// A node that hears the log already.
-    async fn hearing(truth: &Truth, redis_url: &str, settings: &[(&str, &str)]) -> Self {
-        let node = Self::new(truth, Some(redis_url), settings);
-        node.until_it_hears().await;
-        node
-    }
-
-    async fn until_it_hears(&self) {
-        eventually("the log is heard", async || {
-            let status = self.cache.status();
-            (status.log_position.is_some() && status.redis_connected == Some(true)).then_some(())
-        })
-        .await;
-    }
-
-    async fn try_read(&self, id: i64) -> Result<Answer, Failure> {
-        if let Some(answer) = self.cache.get(&key(id), None, &self.load) {
-            return Ok(answer);
-        }
-        self.cache.get_or_load(&[key(id)], None, &self.load).await.remove(0)
-    }
-
-    async fn read(&self, id: i64) -> Answer {
-        self.try_read(id).await.unwrap_or_else(|failure| panic!("{id}: {failure}"))
-    }
-
-    async fn value(&self, id: i64) -> Option<u64> {
-        value(&self.read(id).await)
-    }
-
-    /// Reads as a task, and waits until it is on its way.
-    fn begin(&self, id: i64) -> JoinHandle<Result<Answer, Failure>> {
-        let (cache, load) = (self.cache.clone(), self.load.clone());
-        tokio::spawn(async move { cache.get_or_load(&[key(id)], None, &load).await.remove(0) })
-    }
-}
-
-fn value(answer: &Answer) -> Option<u64> {
-    match answer.entry() {
-        Entry::Found(body) => Some(std::str::from_utf8(&body.bytes).unwrap().parse().unwrap()),
-        Entry::Absent => None,
-    }
-}
-
-async fn ended(task: JoinHandle<Result<Answer, Failure>>) -> Result<Answer, Failure> {
-    timeout(PATIENCE, task).await.expect("the read ends").expect("the read does not panic")
-}
 
 // ---- C1: one load per key and instance -------------------------------------------------------------------------
 
@@ -306,7 +142,7 @@ async fn a_fill_is_refused_by_redis_if_another_instance_expired_the_key_meanwhil
     // B is deaf to the log, so that only the lease can tell it.
     let proxy = Proxy::start(redis.port).await;
     let b = Node::hearing(&truth, &proxy.redis_url(), &[]).await;
-    proxy.set(Fault::StallLog);
+    proxy.set_on(Link::Log, Fault::Stall);
     truth.hold();
     let early = b.begin(1);
     truth.begun(1).await;
@@ -634,105 +470,4 @@ async fn scripts_that_redis_forgot_are_loaded_again() {
     node.cache.expire(&[key(1)], BUDGET).await.unwrap();
     let other = Node::hearing(&truth, &redis.url(), &[]).await;
     assert_eq!(other.read(2).await.how().level, Level::Redis);
-}
-
-// ---- S1 and fail-safe -------------------------------------------------------------------------------------------
-
-#[tokio::test]
-async fn reads_are_answered_from_the_database_whatever_redis_does() {
-    let redis = RedisServer::start().await;
-    let truth = Truth::new(&(1..=20).map(|id| (id, id as u64)).collect::<Vec<_>>());
-    let proxy = Proxy::start(redis.port).await;
-    let faults = [Fault::Stall, Fault::Refuse, Fault::CutMidReply, Fault::Garbage, Fault::Slow(Duration::from_secs(2))];
-    let node = Node::hearing(&truth, &proxy.redis_url(), &[]).await;
-    for (id, fault) in (1..).zip(faults) {
-        proxy.set(fault);
-        for id in [id, id + 10] {
-            let answer =
-                timeout(Duration::from_secs(5), node.read(id)).await.unwrap_or_else(|_| panic!("{fault:?}: late"));
-            assert_eq!(value(&answer), Some(id as u64), "{fault:?}");
-        }
-        proxy.set(Fault::None);
-        node.until_it_hears().await;
-    }
-}
-
-#[tokio::test]
-async fn a_stale_copy_answers_while_the_database_fails_and_is_asked_for_again_only_now_and_then() {
-    let truth = Truth::new(&[(1, 10)]);
-    let node = Node::new(&truth, None, &[("CACHE_FAIL_SAFE_THROTTLE_S", "1")]);
-    node.value(1).await;
-    node.cache.expire(&[key(1)], BUDGET).await.unwrap();
-    truth.set(1, 11);
-    truth.fail(true);
-    let began = Instant::now();
-    for _ in 0..100 {
-        let answer = node.read(1).await;
-        assert_eq!((value(&answer), answer.how().stale), (Some(10), Some(Stale::DatabaseFailed)));
-        assert!(answer.ttl_s() <= 0);
-    }
-    let most = 2 + began.elapsed().as_secs() as usize;
-    assert!(truth.loads() <= 1 + most, "{} loads", truth.loads());
-    assert!(node.try_read(2).await.is_err(), "what was never known cannot be served");
-    truth.fail(false);
-    eventually("the first success ends it", async || (node.value(1).await == Some(11)).then_some(())).await;
-    assert_eq!(node.read(1).await.how().stale, None);
-}
-
-#[tokio::test]
-async fn a_stale_copy_in_redis_saves_an_instance_that_never_had_one() {
-    let redis = RedisServer::start().await;
-    let truth = Truth::new(&[(1, 10)]);
-    let old = Node::hearing(&truth, &redis.url(), &[]).await;
-    old.value(1).await;
-    old.cache.expire(&[key(1)], BUDGET).await.unwrap();
-    truth.fail(true);
-    let new = Node::hearing(&truth, &redis.url(), &[]).await;
-    let answer = new.read(1).await;
-    assert_eq!((value(&answer), answer.how().stale), (Some(10), Some(Stale::DatabaseFailed)));
-}
-
-#[tokio::test]
-async fn fail_safe_ends_at_its_maximum_age() {
-    let truth = Truth::new(&[(1, 10)]);
-    let node = Node::new(&truth, None, &[("CACHE_FAIL_SAFE_MAX_S", "1"), ("CACHE_DURATION_S", "1")]);
-    node.value(1).await;
-    truth.fail(true);
-    eventually("the copy is too old", async || node.try_read(1).await.err()).await;
-}
-
-#[tokio::test]
-async fn memory_stays_within_its_bytes_and_large_bodies_stay_out() {
-    let truth = Truth::new(&[]);
-    let node = Node::new(&truth, None, &[("CACHE_L1_MAX_BYTES", "1048576"), ("CACHE_MAX_BODY_BYTES", "65536")]);
-    let load: Load = Arc::new(|keys: Vec<Key>| {
-        Box::pin(async move {
-            let body = |key: &Key| vec![b'x'; if key.id() == 0 { 65_600 } else { (key.id() % 40) as usize * 1000 }];
-            Ok(keys.iter().map(|key| (*key, Ok(Entry::Found(Body::new(body(key).into(), None))))).collect())
-        })
-    });
-    let large = node.cache.get_or_load(&[key(0)], None, &load).await.remove(0).unwrap();
-    assert!(!large.how().stored, "too large to keep");
-    assert_eq!(node.cache.status().entries, 0);
-    for id in 1..500 {
-        node.cache.get_or_load(&[key(id)], None, &load).await.remove(0).unwrap();
-        assert!(node.cache.status().bytes <= 1_048_576);
-    }
-    assert!(node.cache.status().bytes > 700_000, "and makes use of them: {}", node.cache.status().bytes);
-}
-
-#[tokio::test]
-async fn connections_are_as_many_as_the_settings_say_and_come_back_as_many() {
-    let redis = RedisServer::start().await;
-    let truth = Truth::new(&(1..=200).map(|id| (id, 0)).collect::<Vec<_>>());
-    let node = Node::hearing(&truth, &redis.url(), &[]).await;
-    eventually("two and the log's", async || (redis.clients().await == 3).then_some(())).await;
-    let reads: Vec<_> = (1..=200).map(|id| node.begin(id)).collect();
-    for read in reads {
-        ended(read).await.unwrap();
-    }
-    assert_eq!(redis.clients().await, 3, "under load");
-    redis.command(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]).await;
-    node.cache.expire(&[key(1)], BUDGET).await.unwrap();
-    eventually("as many as before", async || (redis.clients().await == 3).then_some(())).await;
 }

@@ -1,0 +1,374 @@
+//! The cache when what it depends on is slow, fails or is scarce: S1, S2, fail-safe, timeouts, refresh, connections.
+
+use std::{sync::Arc, time::Duration};
+
+use product_cache::cache::{Entry, Failure, Key, Level, Load, Stale, entry::Body};
+use tokio::time::{Instant, sleep, timeout};
+
+use super::world::{BUDGET, Node, Truth, ended, entry, key, value};
+use crate::support::{
+    PATIENCE, eventually,
+    proxy::{Fault, Proxy},
+    redis::RedisServer,
+};
+
+#[tokio::test]
+async fn reads_are_answered_from_the_database_whatever_redis_does() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&(1..=20).map(|id| (id, id as u64)).collect::<Vec<_>>());
+    let proxy = Proxy::start(redis.port).await;
+    let faults = [Fault::Stall, Fault::Refuse, Fault::CutMidReply, Fault::Garbage, Fault::Slow(Duration::from_secs(2))];
+    let node = Node::hearing(&truth, &proxy.redis_url(), &[]).await;
+    for (id, fault) in (1..).zip(faults) {
+        proxy.set(fault);
+        for id in [id, id + 10] {
+            let answer =
+                timeout(Duration::from_secs(5), node.read(id)).await.unwrap_or_else(|_| panic!("{fault:?}: late"));
+            assert_eq!(value(&answer), Some(id as u64), "{fault:?}");
+        }
+        proxy.set(Fault::None);
+        node.until_it_hears().await;
+    }
+}
+
+#[tokio::test]
+async fn a_stale_copy_answers_while_the_database_fails_and_is_asked_for_again_only_now_and_then() {
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::new(&truth, None, &[("CACHE_FAIL_SAFE_THROTTLE_S", "1")]);
+    node.value(1).await;
+    node.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    truth.set(1, 11);
+    truth.fail(true);
+    let began = Instant::now();
+    for _ in 0..100 {
+        let answer = node.read(1).await;
+        assert_eq!((value(&answer), answer.how().stale), (Some(10), Some(Stale::DatabaseFailed)));
+        assert!(answer.ttl_s() <= 0);
+    }
+    let most = 2 + began.elapsed().as_secs() as usize;
+    assert!(truth.loads() <= 1 + most, "{} loads", truth.loads());
+    assert!(node.try_read(2).await.is_err(), "what was never known cannot be served");
+    truth.fail(false);
+    eventually("the first success ends it", async || (node.value(1).await == Some(11)).then_some(())).await;
+    assert_eq!(node.read(1).await.how().stale, None);
+}
+
+#[tokio::test]
+async fn a_stale_copy_in_redis_saves_an_instance_that_never_had_one() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let old = Node::hearing(&truth, &redis.url(), &[]).await;
+    old.value(1).await;
+    old.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    truth.fail(true);
+    let new = Node::hearing(&truth, &redis.url(), &[]).await;
+    let answer = new.read(1).await;
+    assert_eq!((value(&answer), answer.how().stale), (Some(10), Some(Stale::DatabaseFailed)));
+}
+
+#[tokio::test]
+async fn fail_safe_ends_at_its_maximum_age() {
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::new(&truth, None, &[("CACHE_FAIL_SAFE_MAX_S", "1"), ("CACHE_DURATION_S", "1")]);
+    node.value(1).await;
+    truth.fail(true);
+    eventually("the copy is too old", async || node.try_read(1).await.err()).await;
+}
+
+#[tokio::test]
+async fn memory_stays_within_its_bytes_and_large_bodies_stay_out() {
+    let truth = Truth::new(&[]);
+    let node = Node::new(&truth, None, &[("CACHE_L1_MAX_BYTES", "1048576"), ("CACHE_MAX_BODY_BYTES", "65536")]);
+    let load: Load = Arc::new(|keys: Vec<Key>| {
+        Box::pin(async move {
+            let body = |key: &Key| vec![b'x'; if key.id() == 0 { 65_600 } else { (key.id() % 40) as usize * 1000 }];
+            Ok(keys.iter().map(|key| (*key, Ok(Entry::Found(Body::new(body(key).into(), None))))).collect())
+        })
+    });
+    let large = node.cache.get_or_load(&[key(0)], None, &load).await.remove(0).unwrap();
+    assert!(!large.how().stored, "too large to keep");
+    assert_eq!(node.cache.status().entries, 0);
+    for id in 1..500 {
+        node.cache.get_or_load(&[key(id)], None, &load).await.remove(0).unwrap();
+        assert!(node.cache.status().bytes <= 1_048_576);
+    }
+    assert!(node.cache.status().bytes > 700_000, "and makes use of them: {}", node.cache.status().bytes);
+}
+
+#[tokio::test]
+async fn connections_are_as_many_as_the_settings_say_and_come_back_as_many() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&(1..=200).map(|id| (id, 0)).collect::<Vec<_>>());
+    let node = Node::hearing(&truth, &redis.url(), &[]).await;
+    eventually("two and the log's", async || (redis.clients().await == 3).then_some(())).await;
+    let reads: Vec<_> = (1..=200).map(|id| node.begin(id)).collect();
+    for read in reads {
+        ended(read).await.unwrap();
+    }
+    assert_eq!(redis.clients().await, 3, "under load");
+    redis.command(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]).await;
+    node.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    eventually("as many as before", async || (redis.clients().await == 3).then_some(())).await;
+}
+
+// ---- soft timeout -----------------------------------------------------------------------------------------------
+
+#[tokio::test]
+async fn an_entry_that_merely_grew_old_is_served_after_the_soft_timeout_and_the_load_goes_on_for_everybody() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let settings = [("CACHE_DURATION_S", "1"), ("CACHE_SOFT_TIMEOUT_MS", "100"), ("CACHE_EAGER_FACTOR", "0")];
+    let node = Node::hearing(&truth, &redis.url(), &settings).await;
+    node.value(1).await;
+    truth.set(1, 11);
+    sleep(Duration::from_millis(1100)).await; // its duration ends
+    truth.hold();
+    let answer = timeout(PATIENCE, node.read(1)).await.expect("no longer than the soft timeout");
+    assert_eq!((value(&answer), answer.how().stale), (Some(10), Some(Stale::DatabaseSlow)));
+    let again = node.read(1).await;
+    assert_eq!(again.how().stale, Some(Stale::DatabaseSlow), "later readers get it at once");
+    assert_eq!(truth.loads(), 2, "and begin nothing");
+    truth.release();
+    eventually("the load that went on is kept", async || (node.value(1).await == Some(11)).then_some(())).await;
+    let other = Node::hearing(&truth, &redis.url(), &settings).await;
+    assert_eq!(value(&other.read(1).await), Some(11));
+    assert_eq!(truth.loads(), 2, "one load, for this instance and the other");
+}
+
+#[tokio::test]
+async fn an_old_copy_in_redis_serves_an_instance_that_has_none() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let settings = [("CACHE_DURATION_S", "1"), ("CACHE_SOFT_TIMEOUT_MS", "100"), ("CACHE_EAGER_FACTOR", "0")];
+    Node::hearing(&truth, &redis.url(), &settings).await.value(1).await;
+    sleep(Duration::from_millis(1100)).await; // its duration ends
+    let new = Node::hearing(&truth, &redis.url(), &settings).await;
+    truth.hold();
+    let answer = timeout(PATIENCE, new.read(1)).await.expect("no longer than the soft timeout");
+    assert_eq!((value(&answer), answer.how().stale), (Some(10), Some(Stale::DatabaseSlow)));
+}
+
+#[tokio::test]
+async fn an_entry_that_was_expired_is_never_served_because_the_database_is_slow() {
+    let redis = RedisServer::start().await;
+    for redis_url in [None, Some(redis.url())] {
+        let truth = Truth::new(&[(1, 10)]);
+        let settings = [("CACHE_SOFT_TIMEOUT_MS", "50")];
+        let node = Node::new(&truth, redis_url.as_deref(), &settings);
+        node.value(1).await;
+        truth.set(1, 11);
+        node.cache.expire(&[key(1)], BUDGET).await.unwrap();
+        truth.hold();
+        let reader = node.begin(1);
+        truth.begun(2).await;
+        sleep(Duration::from_millis(200)).await; // four soft timeouts
+        assert!(!reader.is_finished());
+        truth.release();
+        assert_eq!(value(&ended(reader).await.unwrap()), Some(11));
+    }
+}
+
+// ---- eager refresh ----------------------------------------------------------------------------------------------
+
+#[tokio::test]
+async fn a_hot_entry_is_loaded_anew_before_it_ends_once_per_cluster_and_nobody_waits() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    // Loads take half a second and entries last two, so a refresh is likely from the first read on.
+    let settings = [("CACHE_DURATION_S", "2"), ("CACHE_EAGER_FACTOR", "100")];
+    let a = Node::hearing(&truth, &redis.url(), &settings).await;
+    let b = Node::hearing(&truth, &redis.url(), &settings).await;
+    truth.hold();
+    let first = a.begin(1);
+    truth.begun(1).await;
+    sleep(Duration::from_millis(500)).await; // how long the load takes is what is tested
+    truth.release();
+    ended(first).await.unwrap();
+    assert_eq!(b.read(1).await.how().level, Level::Redis);
+    sleep(Duration::from_millis(200)).await; // its age passes the slack
+    truth.hold();
+    truth.set(1, 11);
+    let hot = async || {
+        for node in [&a, &b] {
+            let answer = timeout(Duration::from_millis(400), node.read(1)).await.expect("nobody waits");
+            assert_eq!((answer.how().level, answer.how().stale), (Level::Memory, None));
+        }
+    };
+    eventually("a refresh begins", async || {
+        hot().await;
+        (truth.loads() == 2).then_some(())
+    })
+    .await;
+    for _ in 0..100 {
+        hot().await;
+    }
+    assert_eq!(truth.loads(), 2, "one for both instances");
+    truth.release();
+    for node in [&a, &b] {
+        eventually("it arrives", async || (node.value(1).await == Some(11)).then_some(())).await;
+    }
+}
+
+#[tokio::test]
+async fn a_refresh_overtaken_by_an_expiry_is_not_kept() {
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::new(&truth, None, &[("CACHE_DURATION_S", "2"), ("CACHE_EAGER_FACTOR", "1000")]);
+    truth.hold();
+    let first = node.begin(1);
+    truth.begun(1).await;
+    sleep(Duration::from_millis(300)).await; // how long the load takes is what is tested
+    truth.release();
+    ended(first).await.unwrap();
+    truth.hold();
+    eventually("a refresh begins", async || {
+        node.value(1).await;
+        (truth.loads() == 2).then_some(())
+    })
+    .await;
+    truth.set(1, 11);
+    node.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    let late = node.begin(1);
+    truth.begun(3).await;
+    truth.release_only(3);
+    assert_eq!(value(&ended(late).await.unwrap()), Some(11));
+    truth.release();
+    sleep(Duration::from_millis(50)).await; // the overtaken refresh lands
+    assert_eq!(node.value(1).await, Some(11));
+}
+
+#[tokio::test]
+async fn eager_refresh_can_be_off_and_cold_entries_never_cause_one() {
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::new(&truth, None, &[("CACHE_EAGER_FACTOR", "0"), ("CACHE_DURATION_S", "2")]);
+    for _ in 0..1000 {
+        node.value(1).await;
+    }
+    assert_eq!(truth.loads(), 1);
+}
+
+// ---- the gate before the database -------------------------------------------------------------------------------
+
+#[tokio::test]
+async fn at_full_load_without_redis_the_database_gets_no_more_loads_at_once_than_it_is_allowed() {
+    let truth = Truth::new(&(1..=100).map(|id| (id, 1)).collect::<Vec<_>>());
+    let node = Node::new(&truth, None, &[("CACHE_LOADS_MAX", "4"), ("CACHE_LOADS_QUEUED_MAX", "20")]);
+    truth.hold();
+    let readers: Vec<_> = (1..=100).map(|id| node.begin(id)).collect();
+    truth.begun(4).await;
+    eventually("what neither runs nor waits is refused", async || {
+        (readers.iter().filter(|reader| reader.is_finished()).count() == 76).then_some(())
+    })
+    .await;
+    assert_eq!(truth.loads(), 4);
+    truth.release();
+    let mut refused = 0;
+    for reader in readers {
+        refused += usize::from(ended(reader).await.is_err());
+    }
+    assert_eq!((refused, truth.loads()), (76, 24));
+}
+
+#[tokio::test]
+async fn a_database_that_is_down_costs_a_few_loads_however_many_keys_are_asked_for() {
+    let truth = Truth::new(&(1..=500).map(|id| (id, 1)).collect::<Vec<_>>());
+    let node = Node::new(&truth, None, &[("CACHE_BREAKER_FAILURES", "5"), ("CACHE_BREAKER_PAUSE_MS", "60000")]);
+    truth.fail(true);
+    for id in 1..=500 {
+        assert!(node.try_read(id).await.is_err());
+    }
+    assert_eq!(truth.loads(), 5);
+    assert!(node.cache.status().breaker_open);
+}
+
+#[tokio::test]
+async fn the_first_probe_that_succeeds_opens_the_database_to_all() {
+    let truth = Truth::new(&(1..=500).map(|id| (id, 1)).collect::<Vec<_>>());
+    let node = Node::new(&truth, None, &[("CACHE_BREAKER_FAILURES", "2"), ("CACHE_BREAKER_PAUSE_MS", "50")]);
+    truth.fail(true);
+    for id in 1..=10 {
+        assert!(node.try_read(id).await.is_err());
+    }
+    truth.fail(false);
+    eventually("a probe succeeds", async || node.try_read(1).await.ok()).await;
+    for id in 2..=500 {
+        assert_eq!(node.value(id).await, Some(1));
+    }
+}
+
+#[tokio::test]
+async fn an_entry_that_cannot_be_told_fails_alone_and_not_as_the_databases_failure() {
+    let truth = Truth::new(&[]);
+    let node = Node::new(&truth, None, &[("CACHE_BREAKER_FAILURES", "1")]);
+    let load: Load = Arc::new(|keys: Vec<Key>| {
+        Box::pin(async move {
+            let told = |key: &Key| match key.id() {
+                2 => Err(Failure::Unavailable("damaged".to_owned())),
+                id => Ok(entry(id as u64)),
+            };
+            Ok(keys.iter().map(|key| (*key, told(key))).collect())
+        })
+    });
+    let answers = node.cache.get_or_load(&[key(1), key(2), key(3)], None, &load).await;
+    assert_eq!(
+        answers.iter().map(|answer| answer.as_ref().ok().and_then(value)).collect::<Vec<_>>(),
+        [Some(1), None, Some(3)]
+    );
+    assert!(!node.cache.status().breaker_open);
+}
+
+// ---- scarce connections -----------------------------------------------------------------------------------------
+
+#[tokio::test]
+async fn a_frugal_instance_has_one_connection_and_hears_what_others_expire() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let frugal = [("REDIS_FRUGAL", "on"), ("REDIS_FRUGAL_POLL_MS", "50")];
+    let a = Node::hearing(&truth, &redis.url(), &frugal).await;
+    let b = Node::hearing(&truth, &redis.url(), &frugal).await;
+    assert_eq!(redis.clients().await, 2, "one each");
+    for round in 11..20 {
+        a.value(1).await;
+        b.value(1).await;
+        truth.set(1, round);
+        a.cache.expire(&[key(1)], BUDGET).await.unwrap();
+        eventually("the other hears it", async || (b.value(1).await == Some(round)).then_some(())).await;
+    }
+    assert_eq!(redis.clients().await, 2);
+}
+
+#[tokio::test]
+async fn two_hundred_instances_live_on_a_redis_that_allows_250_connections() {
+    let redis = RedisServer::start_with(&["--maxclients", "250"]).await;
+    let truth = Truth::new(&(1..=50).map(|id| (id, 0)).collect::<Vec<_>>());
+    let settings = [
+        ("REDIS_FRUGAL", "on"),
+        ("REDIS_FRUGAL_POLL_MS", "1000"),
+        ("REDIS_RESPONSE_TIMEOUT_MS", "5000"),
+        ("REDIS_CONNECT_TIMEOUT_MS", "10000"),
+    ];
+    let nodes: Vec<_> = (0..200).map(|_| Arc::new(Node::new(&truth, Some(&redis.url()), &settings))).collect();
+    for node in &nodes {
+        node.until_it_hears().await;
+    }
+    assert_eq!(redis.clients().await, 200);
+    let mut tasks = Vec::new();
+    for (index, node) in nodes.iter().enumerate() {
+        let node = node.clone();
+        tasks.push(tokio::spawn(async move {
+            for round in 0..20 {
+                let id = (index + round) as i64 % 50 + 1;
+                node.read(id).await;
+                if index % 40 == round {
+                    node.cache.expire(&[key(id)], BUDGET).await.unwrap();
+                }
+            }
+        }));
+    }
+    for task in tasks {
+        timeout(PATIENCE, task).await.expect("ends").expect("without an error");
+    }
+    assert_eq!(redis.clients().await, 200, "as many as before");
+    let info: String = redis::from_redis_value(redis.command(&["INFO", "stats"]).await).unwrap();
+    assert!(info.contains("rejected_connections:0"), "{info}");
+    assert!(nodes.iter().all(|node| node.cache.status().redis_connected == Some(true)));
+}
