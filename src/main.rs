@@ -55,6 +55,7 @@ async fn run(config: Config) -> ExitCode {
     let server = HttpServer::new(move || Actix::new().configure(routes.clone()))
         .workers(http.workers)
         .keep_alive(KeepAlive::Timeout(KEEP_ALIVE))
+        .client_request_timeout(KEEP_ALIVE) // .NET's pool may open a connection long before it uses it
         .shutdown_timeout(http.drain.as_secs())
         .disable_signals()
         .bind((Ipv4Addr::LOCALHOST, http.port));

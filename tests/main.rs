@@ -13,4 +13,5 @@ mod get_product_by_id;
 mod host_stand_in;
 mod invalidate_cache;
 mod repository;
+mod scenarios;
 mod startup;
