@@ -4,12 +4,15 @@
 
 use std::{
     panic::AssertUnwindSafe,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
 use futures_util::FutureExt;
-use tokio::{runtime::Handle, task::AbortHandle};
+use tokio::{runtime::Handle, task::AbortHandle, time::Instant};
 
 /// Pause before a task that panicked is started again: a panic at once after the start must not become a busy loop.
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
@@ -45,6 +48,26 @@ where
         }
     };
     Task(runtime.spawn(task).abort_handle())
+}
+
+/// Lets a message through once a second at most, so that an outage does not fill the log.
+#[derive(Default)]
+pub struct Sparsely {
+    last: Mutex<Option<Instant>>,
+    unsaid: AtomicU64,
+}
+
+impl Sparsely {
+    /// `Some` if it is time to say it, with how often it went unsaid since the last time.
+    pub fn next(&self) -> Option<u64> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.is_some_and(|last| last.elapsed() < Duration::from_secs(1)) {
+            self.unsaid.fetch_add(1, Ordering::Relaxed);
+            return None;
+        }
+        *last = Some(Instant::now());
+        Some(self.unsaid.swap(0, Ordering::Relaxed))
+    }
 }
 
 #[cfg(test)]

@@ -54,11 +54,11 @@ pub const SETTINGS: &[Setting] = &[
     Setting { name: "Redis", default: "", kind: Kind::Secret, meaning: "Redis: `redis://[user:password@]host:port`. Empty: no L2 and no invalidation log; the change feed keeps memory right." },
 
     number("CACHE_DURATION_S", "300", 1, 30 * DAY_S, "How long an entry is fresh. Changes are told, so this only bounds what no notice covers."),
-    number("CACHE_L1_DURATION_S", "", 1, 30 * DAY_S, "The same for memory alone; empty: `CACHE_DURATION_S`. Never longer than what is left in Redis."),
+    number("CACHE_L1_DURATION_S", "", 1, 30 * DAY_S, "The same for memory alone; empty: `CACHE_DURATION_S`. An entry taken from Redis is kept no longer than it is fresh there."),
     number("CACHE_L2_DURATION_S", "", 1, 30 * DAY_S, "The same for Redis alone; empty: `CACHE_DURATION_S`."),
     number("CACHE_ABSENT_DURATION_S", "30", 1, 30 * DAY_S, "How long \"no such product\" is fresh: short, so that an id asked too early is not refused for long."),
     number("CACHE_JITTER_PERCENT", "10", 0, 90, "Durations are shortened by a random share up to this, so that entries loaded together do not end together."),
-    number("CACHE_L1_MAX_BYTES", "67108864", MIB, 64 * 1024 * MIB, "Bound of memory: 64 MiB is some 20,000 products with photos, and 3 % of a 2 GiB instance."),
+    number("CACHE_L1_MAX_BYTES", "67108864", MIB, 64 * 1024 * MIB, "Bound of what entries take of the process's memory, all bookkeeping included: 64 MiB is some 17,000 products with photos, and 3 % of a 2 GiB instance."),
     number("CACHE_MAX_BODY_BYTES", "1048576", 1024, 64 * MIB, "A larger body is served but not stored: one row must not evict thousands."),
     number("CACHE_FAIL_SAFE_MAX_S", "86400", 0, 30 * DAY_S, "How old a stale copy may be to be served while the database fails; 0: never serve stale."),
     number("CACHE_FAIL_SAFE_THROTTLE_S", "10", 1, DAY_S, "After a failed load, how long its key is answered with the stale copy before the database is tried again."),
@@ -81,7 +81,7 @@ pub const SETTINGS: &[Setting] = &[
     text("REDIS_PREFIX", "product-cache", "First part of every key: apps that share a Redis take different ones."),
     number("REDIS_CONNECT_TIMEOUT_MS", "1000", 10, 60_000, "Connect and greeting, TLS included."),
     number("REDIS_RESPONSE_TIMEOUT_MS", "250", 5, 60_000, "One answer. A healthy one takes under a millisecond; the database is the better source after 250."),
-    number("REDIS_LOG_MAX_LENGTH", "100000", 100, 100_000_000, "Notices kept in the invalidation log: what a disconnected instance can catch up on (about 100 bytes each)."),
+    number("REDIS_LOG_MAX_LENGTH", "100000", 100, 100_000_000, "Notices kept in the invalidation log: what a disconnected instance can catch up on (a few hundred bytes each, or as many keys as a batch has rows)."),
 
     number("DATABASE_MAX_CONNECTIONS", "8", 1, 1000, "Bound of the one pool: 8 serve thousands of point reads a second, and 100 instances stay below 1,000 sessions."),
     number("DATABASE_CONNECT_TIMEOUT_MS", "4000", 50, 120_000, "To open a connection or to wait for a free one: below the hard timeout, so that the message names the cause."),
@@ -485,8 +485,15 @@ impl Reader<'_> {
         if url.is_empty() {
             return None;
         }
-        if url.strip_prefix("sqlite:").is_none_or(|file| file.trim_start_matches('/').is_empty()) {
-            self.mistakes.push("Sql is not of the form sqlite:<file>, the only engine there is today".to_owned());
+        match url.strip_prefix("sqlite:").map(|file| file.trim_start_matches('/')) {
+            None | Some("") => {
+                self.mistakes.push("Sql is not of the form sqlite:<file>, the only engine there is today".to_owned());
+            }
+            // Each connection would have a database of its own.
+            Some(file) if file.starts_with(":memory:") || file.contains("mode=memory") => {
+                self.mistakes.push("Sql names a database in memory; leave it empty for the embedded one".to_owned());
+            }
+            Some(_) => {}
         }
         Some(Secret(url))
     }
@@ -507,9 +514,13 @@ impl Reader<'_> {
         }
     }
 
-    /// A name one or two letters off a setting's is a mistake, not somebody else's variable.
+    /// A name one or two letters off one of ours is a mistake. Others' variables are not: only names that begin as
+    /// ours do, and nobody else's, are looked at.
     fn find_misspelled(&mut self) {
-        for name in self.variables.keys().filter(|name| name.len() >= 8 && !is_known(name)) {
+        let ours = |name: &str| {
+            ["CACHE_", "REDIS_", "INVALIDATE_", "FEED_", "FUNCTIONS_"].iter().any(|start| name.starts_with(start))
+        };
+        for name in self.variables.keys().filter(|name| ours(name) && !is_known(name)) {
             let close = SETTINGS
                 .iter()
                 .map(|setting| setting.name)
@@ -529,6 +540,19 @@ impl Reader<'_> {
             }
         };
         let cache = &config.cache;
+        let redis = config.redis.as_ref().map_or(Duration::ZERO, |redis| {
+            redis.connect_timeout + redis.response_timeout * 3 // read, fill, and one more for a lost script
+        });
+        rule(
+            redis + cache.lease_wait + cache.hard_timeout < config.http.request_timeout,
+            "REQUEST_TIMEOUT_MS must exceed CACHE_HARD_TIMEOUT_MS, and with Redis also CACHE_LEASE_WAIT_MS, \
+             REDIS_CONNECT_TIMEOUT_MS and three times REDIS_RESPONSE_TIMEOUT_MS, else a slow Redis fails reads that the \
+             database could answer",
+        );
+        rule(
+            config.database.feed_interval.is_none_or(|interval| interval * 2 <= cache.unheard_max),
+            "FEED_INTERVAL_MS must be at most half of CACHE_UNHEARD_MAX_S, else memory is distrusted between two looks",
+        );
         rule(
             cache.hard_timeout < cache.lease,
             "CACHE_HARD_TIMEOUT_MS must be below CACHE_LEASE_MS, else a live load loses its lease",
@@ -555,8 +579,8 @@ fn local_settings(path: &Path) -> Result<BTreeMap<String, String>, String> {
     if json.get("IsEncrypted") != Some(&serde_json::Value::Bool(false)) {
         return Err(format!("{}: \"IsEncrypted\" must be false (a missing one means true)", path.display()));
     }
-    serde_json::from_value(json["Values"].take())
-        .map_err(|_| format!("{}: \"Values\" must be an object of strings", path.display()))
+    let Some(values) = json.get_mut("Values").map(serde_json::Value::take) else { return Ok(BTreeMap::new()) };
+    serde_json::from_value(values).map_err(|_| format!("{}: \"Values\" must be an object of strings", path.display()))
 }
 
 /// `extensions.http.routePrefix` of a host.json, so that the prefix is written down once.
@@ -575,10 +599,12 @@ fn read_json(path: &Path) -> Result<Option<serde_json::Value>, String> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(format!("{} cannot be read: {error}", path.display())),
     };
-    // Editors on Windows write a byte order mark, and the host accepts it.
-    serde_json::from_str(text.trim_start_matches('\u{feff}'))
-        .map(Some)
-        .map_err(|error| format!("{} is not JSON: line {}, column {}", path.display(), error.line(), error.column()))
+    // What the host accepts: a byte order mark (editors on Windows), comments, trailing commas.
+    json5::from_str(text.trim_start_matches('\u{feff}')).map(Some).map_err(|error| {
+        let json5::Error::Message { location, .. } = error;
+        let place = location.map_or_else(String::new, |at| format!(": line {}, column {}", at.line, at.column));
+        format!("{} is not JSON{place}", path.display())
+    })
 }
 
 #[cfg(test)]
@@ -627,7 +653,7 @@ mod tests {
             ("CACHE_DURATION_S", "5m"),
             ("CACHE_JITTER_PERCENT", "91"),
             ("CACHE_DURATON_S", "60"),
-            ("CACHE_HARD_TIMEOUT_MS", "20000"),
+            ("CACHE_LEASE_MS", "4000"),
             ("HTTP_CACHE_CONTROL", "no\ncache"),
             ("LOG_LEVEL", "loud"),
             ("Redis", "hunter2@nowhere"),

@@ -1,6 +1,11 @@
 //! `handler`: settings → pools → [`App`] → serve → drain. The only place with exit codes.
 
-use std::{io, net::Ipv4Addr, process::ExitCode, sync::Arc};
+use std::{
+    io::{self, Write},
+    net::Ipv4Addr,
+    process::ExitCode,
+    sync::Arc,
+};
 
 use actix_web::{App as Actix, HttpServer, http::KeepAlive};
 use product_cache::{
@@ -18,6 +23,9 @@ const CANNOT_SERVE: u8 = 1;
 const STOPPED_UNDER_HOST: u8 = 3;
 /// The host keeps idle connections for about a minute; closing one it is about to use would cost a request.
 const KEEP_ALIVE: std::time::Duration = std::time::Duration::from_secs(150);
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let config = match Config::from_process() {
@@ -107,7 +115,9 @@ async fn announce(app: Arc<App>, role: Role, port: u16, prefix: String, redis: b
         return;
     }
     let slash = if prefix.is_empty() { "" } else { "/" };
-    println!(
+    // Nobody may be looking any more (`handler | head -1`).
+    let _ = writeln!(
+        io::stdout(),
         "\nproduct-cache {version}\n  listening  http://127.0.0.1:{port}\n  database   {database}\n  Redis      {redis}\n  \
          try        curl -i 'http://127.0.0.1:{port}{slash}{prefix}/GetProductById?productid=680'\n  stop       Ctrl-C\n",
         version = env!("CARGO_PKG_VERSION"),

@@ -2,13 +2,12 @@
 //!
 //! `deadpool-redis` bounds and makes the connections; each is checked out once by a *keeper*, and all requests share
 //! clones of its multiplexed handle, because a checkout per command costs a PING round trip (measured 2–20 times
-//! slower). Knows nothing of what
-//! keys and scripts mean. Invariant: while Redis is away a command fails at once, without waiting:
+//! slower). Knows nothing of what keys and scripts mean. Invariant: while Redis is away a command fails at once, without waiting:
 //! only the keepers try to connect, with growing, jittered pauses.
 
 use std::{
     sync::{
-        Arc, RwLock,
+        Arc, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -37,6 +36,9 @@ const TIMEOUTS_UNTIL_DEAD: u32 = 3;
 /// Pauses between two attempts to connect: short first, because restarts are quick; bounded, because hundreds of
 /// instances must not hammer a server that is coming back.
 const RECONNECT_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+
+/// How long a new connection may take to prove itself; the pool has bounded the connecting itself.
+const PROBE: Duration = Duration::from_secs(1);
 
 /// Why a command got no answer from Redis.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -127,8 +129,8 @@ impl Redis {
         let first = self.inner.next.fetch_add(1, Ordering::Relaxed);
         for offset in 0..lines.len() {
             let line = &lines[(first + offset) % lines.len()];
-            if let Some(connection) = line.connection().await {
-                return line.send(connection, commands).await;
+            if let Some(live) = line.live().await {
+                return live.send(commands, None).await;
             }
         }
         Err(Error::Disconnected)
@@ -154,10 +156,8 @@ impl Redis {
     /// Sends commands over the invalidation log's connection, whose answers may take `patience` longer than usual if it
     /// holds a blocking read. With frugal settings it is the shared one, on which nothing must block.
     pub async fn send_on_log(&self, commands: &[Cmd], patience: Duration) -> Result<Vec<RedisResult<Value>>, Error> {
-        let line = &self.inner.log;
-        let mut connection = line.connection().await.ok_or(Error::Disconnected)?;
-        connection.set_response_timeout(patience + self.inner.response_timeout);
-        line.send(connection, commands).await
+        let live = self.inner.log.live().await.ok_or(Error::Disconnected)?;
+        live.send(commands, Some(patience + self.inner.response_timeout)).await
     }
 
     /// Waits until the log's connection is up.
@@ -191,39 +191,60 @@ enum State {
     Up,
 }
 
-/// One connection's place: the live handle, if any, and how it is doing.
+/// One connection's place: the live one, if any.
 #[derive(Default)]
 struct Line {
-    handle: RwLock<Option<MultiplexedConnection>>,
+    live: RwLock<Option<Arc<Live>>>,
     up: watch::Sender<State>,
+}
+
+/// A connection and how it is doing. A new one starts anew, whatever late failures the old one's users still report.
+struct Live {
+    connection: MultiplexedConnection,
     timeouts: AtomicU32,
-    broken: Notify,
     is_broken: AtomicBool,
+    broken: Notify,
 }
 
 impl Line {
-    async fn connection(&self) -> Option<MultiplexedConnection> {
+    async fn live(&self) -> Option<Arc<Live>> {
         if *self.up.borrow() == State::NeverTried {
             // Bounded by the keeper's first attempt, which has deadlines of its own.
             let _ = self.up.subscribe().wait_for(|state| *state != State::NeverTried).await;
         }
-        self.handle.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+        self.live.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    async fn send(
-        &self,
-        mut connection: MultiplexedConnection,
-        commands: &[Cmd],
-    ) -> Result<Vec<RedisResult<Value>>, Error> {
+    fn publish(&self, live: Option<Arc<Live>>) {
+        let state = if live.is_some() { State::Up } else { State::Down };
+        *self.live.write().unwrap_or_else(PoisonError::into_inner) = live;
+        self.up.send_replace(state);
+    }
+}
+
+impl Live {
+    fn new(connection: MultiplexedConnection) -> Arc<Self> {
+        let (timeouts, is_broken) = (AtomicU32::new(0), AtomicBool::new(false));
+        Arc::new(Self { connection, timeouts, is_broken, broken: Notify::new() })
+    }
+
+    async fn send(&self, commands: &[Cmd], patience: Option<Duration>) -> Result<Vec<RedisResult<Value>>, Error> {
         let mut pipeline = Pipeline::with_capacity(commands.len());
         pipeline.ignore_errors();
         for command in commands {
             pipeline.add_command(command.clone());
         }
+        let mut connection = self.connection.clone();
+        if let Some(patience) = patience {
+            connection.set_response_timeout(patience);
+        }
         match pipeline.query_async::<Vec<RedisResult<Value>>>(&mut connection).await {
             Ok(replies) => {
                 if self.timeouts.load(Ordering::Relaxed) != 0 {
                     self.timeouts.store(0, Ordering::Relaxed);
+                }
+                if replies.iter().any(|reply| reply.as_ref().is_err_and(is_wrong_server)) {
+                    self.give_up();
                 }
                 Ok(replies)
             }
@@ -233,21 +254,24 @@ impl Line {
                     // Not an answer of the server's, so the stream is cut or out of step.
                     false => !matches!(error.kind(), ErrorKind::Server(_) | ErrorKind::Extension),
                 };
-                if dead && !self.is_broken.swap(true, Ordering::AcqRel) {
-                    self.broken.notify_one();
+                if dead || is_wrong_server(&error) {
+                    self.give_up();
                 }
                 Err(error.into())
             }
         }
     }
 
-    fn publish(&self, connection: Option<MultiplexedConnection>) {
-        let state = if connection.is_some() { State::Up } else { State::Down };
-        self.timeouts.store(0, Ordering::Relaxed);
-        self.is_broken.store(false, Ordering::Release);
-        *self.handle.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = connection;
-        self.up.send_replace(state);
+    fn give_up(&self) {
+        if !self.is_broken.swap(true, Ordering::AcqRel) {
+            self.broken.notify_one();
+        }
     }
+}
+
+/// Whether an answer shows a server that cannot serve us now: demoted to a replica, or loading its data.
+fn is_wrong_server(error: &RedisError) -> bool {
+    matches!(error.code(), Some("READONLY" | "MASTERDOWN" | "LOADING" | "CLUSTERDOWN"))
 }
 
 /// Keeps one line connected for ever: check out, publish, wait until broken, discard, pause, again.
@@ -258,9 +282,10 @@ async fn keep(line: Arc<Line>, pool: Pool) {
         match connect(&pool).await {
             Ok(object) => {
                 tracing::debug!("redis: connected");
-                line.publish(Some((*object).clone()));
+                let live = Live::new((*object).clone());
+                line.publish(Some(live.clone()));
                 pause = shortest;
-                line.broken.notified().await;
+                live.broken.notified().await;
                 line.publish(None);
                 drop(deadpool_redis::Connection::take(object));
                 tracing::warn!("redis: connection lost, connecting anew");
@@ -277,18 +302,21 @@ async fn keep(line: Arc<Line>, pool: Pool) {
     }
 }
 
-/// Checks a connection out and proves that it answers: a stalled server accepts connections too.
+/// Checks a connection out and proves that it is of use: a stalled server accepts connections too, and one that was
+/// demoted to a replica answers everything but writes.
 async fn connect(pool: &Pool) -> Result<deadpool_redis::Connection, String> {
     let mut object = pool.get().await.map_err(|error| error.to_string())?;
-    let ping = redis::cmd("PING");
-    match timeout(Duration::from_secs(5), ping.query_async::<String>(&mut object)).await {
-        Ok(Ok(_)) => Ok(object),
-        Ok(Err(error)) => {
-            drop(deadpool_redis::Connection::take(object));
-            Err(error.to_string())
-        }
-        Err(_) => Err("no answer to PING".to_owned()),
-    }
+    let role = redis::cmd("ROLE");
+    let problem = match timeout(PROBE, role.query_async::<Vec<Value>>(&mut object)).await {
+        Ok(Ok(role)) if role.first() == Some(&Value::BulkString(b"slave".to_vec())) => "it is a replica".to_owned(),
+        Ok(Ok(_)) => return Ok(object),
+        // A service may forbid the command; that it answered is what counts.
+        Ok(Err(error)) if error.code() == Some("NOPERM") || error.code() == Some("ERR") => return Ok(object),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "no answer".to_owned(),
+    };
+    drop(deadpool_redis::Connection::take(object));
+    Err(problem)
 }
 
 fn is_missing_script(reply: &RedisResult<Value>) -> bool {

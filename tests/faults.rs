@@ -190,11 +190,14 @@ async fn the_database_slow() {
         .env("CACHE_JITTER_PERCENT", 0)
         .env("CACHE_EAGER_FACTOR", 0)
         .env("CACHE_SOFT_TIMEOUT_MS", 50)
+        .env("CACHE_HARD_TIMEOUT_MS", 30_000)
+        .env("CACHE_LEASE_MS", 40_000)
+        .env("REQUEST_TIMEOUT_MS", 60_000)
         .up()
         .await;
     instance.drag(0);
     assert_eq!(instance.product(HIT).await.status, 200);
-    instance.drag(3_000_000);
+    instance.drag(1_000_000);
     assert!(instance.product(HIT).await.header("cache-status").starts_with("L1; hit"), "a hit does not care");
     let miss = instance.product(MISS).await;
     assert_eq!(miss.status, 200, "a miss waits: {}", miss.text());

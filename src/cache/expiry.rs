@@ -6,7 +6,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
@@ -20,7 +20,7 @@ use super::{Inner, Key, Remote, log::Scope};
 /// Keys remembered while Redis is away; more become "everything". A key costs about 50 bytes.
 const MOST_QUEUED: usize = 100_000;
 /// Keys per round trip: bounds one pipeline and one notice.
-const BATCH: usize = 5_000;
+const BATCH: usize = 1_000;
 /// Pauses between two attempts: an error that is not a lost connection (which has its own pauses) must not spin.
 const RETRY_PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
 
@@ -54,6 +54,8 @@ impl Queue {
         state.last += 1;
         let number = state.last;
         match scope {
+            // "Everything" may be on its way already: what comes now needs another one.
+            Scope::Keys(_) if state.everything.is_some() => state.everything = Some(number),
             Scope::Keys(keys) => state.keys.extend(keys.iter().map(|key| (*key, number))),
             Scope::Everything => state.everything = Some(number),
         }
@@ -130,13 +132,20 @@ pub(super) async fn deliver(cache: Arc<Inner>) {
             continue;
         };
         match attempt(remote, &scope).await {
-            Ok(()) => {
+            Ok(floor_ms) => {
+                cache.floor_ms.fetch_max(floor_ms, Ordering::AcqRel);
                 // Fills from what Redis held until now came in meanwhile; from now on it holds nothing older.
                 cache.expire_here(&scope);
                 cache.queue.remove(&scope, number);
                 pause = shortest;
             }
             Err(error) => {
+                if let Scope::Keys(keys) = &scope
+                    && is_wrong_type(&error)
+                {
+                    // Somebody else's value under our name stops no expiry.
+                    remote.l2.remove_unusable(keys).await;
+                }
                 tracing::warn!(%error, "redis: an expiry is not delivered yet, trying on");
                 let _ = timeout(longest, remote.redis.connected()).await;
                 sleep(pause).await;
@@ -146,7 +155,12 @@ pub(super) async fn deliver(cache: Arc<Inner>) {
     }
 }
 
-async fn attempt(remote: &Remote, scope: &Scope) -> Result<(), crate::redis::Error> {
+fn is_wrong_type(error: &crate::redis::Error) -> bool {
+    matches!(error, crate::redis::Error::Failed(error) if error.code() == Some("WRONGTYPE"))
+}
+
+/// Tells Redis and the log; returns the floor.
+async fn attempt(remote: &Remote, scope: &Scope) -> Result<u64, crate::redis::Error> {
     let expiries = match scope {
         Scope::Keys(keys) => keys.iter().map(|key| remote.l2.expire(key)).collect(),
         // The notice itself raises the floor, below which everything in Redis is stale.
@@ -181,6 +195,16 @@ mod tests {
         queue.remove(&scope, up_to);
         assert!(queue.has(&A) && !queue.has(&B));
         assert!(*queue.delivered.borrow() >= first && *queue.delivered.borrow() < second);
+    }
+
+    #[test]
+    fn a_key_added_while_everything_is_on_its_way_needs_another_everything() {
+        let queue = Queue::default();
+        queue.add(&Scope::Everything);
+        let (scope, up_to) = queue.next().expect("everything waits");
+        let later = queue.add(&Scope::Keys(vec![A]));
+        queue.remove(&scope, up_to);
+        assert!(queue.has(&A) && *queue.delivered.borrow() < later);
     }
 
     #[test]

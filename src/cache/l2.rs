@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use redis::{Cmd, RedisError, Value};
+use redis::{Cmd, Value};
 
 use super::{Key, entry};
 use crate::{
@@ -22,12 +22,13 @@ local token, lease, max_age, floor, want_stale = ARGV[1], tonumber(ARGV[2]), ton
 local v = redis.call('HMGET', KEYS[1], 'b', 'l', 'f', 't', 'u', 'd')
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
-local age, took = now - tonumber(v[2] or now), tonumber(v[6] or 0)
-if v[1] and v[3] and now < tonumber(v[3]) and now - age >= floor and (max_age < 0 or age < max_age) then
+-- Redis' clock may be set back, or be another one's after a failover.
+local age, took = math.max(0, now - tonumber(v[2] or now)), math.max(0, tonumber(v[6] or 0))
+if v[1] and v[3] and now < tonumber(v[3]) and now - age > floor and (max_age < 0 or age < max_age) then
   return {'fresh', age, tonumber(v[3]) - now, took, v[1]}
 end
 local stale = want_stale == '1' and v[1] or ''
-local only_old = v[3] and now - age >= floor and 1 or 0
+local only_old = v[3] and now - age > floor and 1 or 0
 if v[4] and now < tonumber(v[5]) then return {'leased', age, only_old, took, stale} end
 redis.call('HSET', KEYS[1], 't', token, 'u', now + lease, 'a', now)
 if redis.call('PTTL', KEYS[1]) < lease then redis.call('PEXPIRE', KEYS[1], lease) end
@@ -84,6 +85,8 @@ pub(super) enum Read {
     Leased(Option<Copy>),
     /// The caller is to load it.
     Yours(Token, Option<Copy>),
+    /// What is under this name is none of ours: the caller is to load it, and cannot store it.
+    Unusable,
 }
 
 /// What became of a fill.
@@ -169,7 +172,10 @@ impl L2 {
             call
         });
         let replies = self.redis.send_script(&self.read_or_lease, calls.collect()).await?;
-        keys.iter().zip(tokens).zip(replies).map(|((key, token), reply)| read(key, token, reply?)).collect()
+        let replies = keys.iter().zip(tokens).zip(replies);
+        Ok(replies
+            .map(|((key, token), reply)| reply.map_or(Some(Read::Unusable), |reply| read(key, token, reply)))
+            .collect())
     }
 
     /// Stores loaded entries in one round trip.
@@ -215,15 +221,39 @@ impl L2 {
         command
     }
 
+    /// Removes those of these keys that hold something else than a hash, which no expiry could reach. Best effort: an
+    /// expiry that still fails is tried again.
+    pub(super) async fn remove_unusable(&self, keys: &[Key]) {
+        let command = |name: &str, key: &Key| {
+            let mut command = redis::cmd(name);
+            command.arg(self.name(key));
+            command
+        };
+        let kinds = self.redis.send(&keys.iter().map(|key| command("TYPE", key)).collect::<Vec<_>>()).await;
+        let foreign: Vec<_> = keys
+            .iter()
+            .zip(kinds.unwrap_or_default())
+            .filter(|(_, kind)| !matches!(kind, Ok(Value::SimpleString(kind)) if kind == "hash" || kind == "none"))
+            .map(|(key, _)| command("UNLINK", key))
+            .collect();
+        if !foreign.is_empty() {
+            tracing::warn!(
+                keys = foreign.len(),
+                "redis: values that are not ours stood under our names and are removed"
+            );
+            let _ = self.redis.send(&foreign).await;
+        }
+    }
+
     fn name(&self, key: &Key) -> String {
         format!("{}:{key}", self.prefix)
     }
 }
 
 /// What a reply says; `None` if it is a fresh envelope that cannot be used.
-fn read(key: &Key, token: Token, reply: Value) -> Result<Option<Read>, Error> {
-    let (state, age_ms, left_ms, took_ms, envelope): (String, u64, u64, u64, Vec<u8>) =
-        redis::from_redis_value(reply).map_err(RedisError::from)?;
+fn read(key: &Key, token: Token, reply: Value) -> Option<Read> {
+    let reply: Result<(String, u64, u64, u64, Vec<u8>), _> = redis::from_redis_value(reply);
+    let Ok((state, age_ms, left_ms, took_ms, envelope)) = reply else { return Some(Read::Unusable) };
     let fresh = state == "fresh";
     let copy = entry::decode(key, Bytes::from(envelope)).map(|entry| Copy {
         entry,
@@ -232,9 +262,9 @@ fn read(key: &Key, token: Token, reply: Value) -> Result<Option<Read>, Error> {
         took: Duration::from_millis(took_ms),
         only_old: !fresh && left_ms == 1,
     });
-    Ok(match state.as_str() {
+    match state.as_str() {
         "fresh" => copy.map(Read::Fresh),
         "yours" => Some(Read::Yours(token, copy)),
         _ => Some(Read::Leased(copy)),
-    })
+    }
 }

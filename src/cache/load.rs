@@ -37,6 +37,7 @@ impl Under {
 
 /// Ends every one of these flights.
 pub(super) async fn run(cache: Arc<Inner>, guards: Vec<Guard>, load: Load) {
+    cache.first_hearing().await;
     let (shared, local): (Vec<_>, Vec<_>) =
         guards.into_iter().map(Under::new).partition(|under| cache.trusts_redis_with(&under.guard.key));
     match &cache.shared {
@@ -59,7 +60,7 @@ async fn look(cache: &Arc<Inner>, l2: &L2, flights: Vec<Under>, want_stale: bool
     let sent = cache.memory.now();
     let reads = match l2.read_or_lease(&keys, max_age, cache.floor_ms(), want_stale).await {
         Ok(reads) => reads,
-        Err(_) => return (flights, Vec::new()), // the pool has logged why
+        Err(_) => return (flights, Vec::new()), // the keeper says what is wrong with the connection
     };
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for (mut under, read) in flights.into_iter().zip(reads) {
@@ -85,6 +86,7 @@ async fn look(cache: &Arc<Inner>, l2: &L2, flights: Vec<Under>, want_stale: bool
                 keep(&mut under, stale);
                 ours.push(under);
             }
+            Read::Unusable => ours.push(under),
             Read::Leased(stale) => {
                 keep(&mut under, stale);
                 theirs.push(under);
@@ -181,7 +183,9 @@ async fn fill_all(cache: &Arc<Inner>, loaded: Vec<(Under, Entry)>, born: i64) {
 
 /// Ends these flights with what is left: a stale copy each, or the failure.
 async fn fail_all(cache: &Arc<Inner>, flights: Vec<Under>, failure: Failure) {
-    tracing::error!(keys = flights.len(), %failure, "cannot load");
+    if let Some(unsaid) = cache.failures.next() {
+        tracing::error!(keys = flights.len(), %failure, unsaid, "cannot load");
+    }
     let mut leases = Vec::new();
     for under in flights {
         leases.extend(under.token.map(|token| (under.guard.key, token)));

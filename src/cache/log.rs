@@ -4,7 +4,12 @@
 //! stale everywhere), `o` (its author) and `k` (keys, or `*` for all). Invariant (C5): a reader either hears every
 //! notice after its position or is told that it may have missed some; `p` shows a trimmed, emptied or older log alike.
 
-use std::{fmt, str::FromStr, time::Duration};
+use std::{
+    fmt,
+    str::FromStr,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use redis::{
     Cmd, RedisError, Value,
@@ -29,14 +34,14 @@ if last then
 end
 if ARGV[2] == '*' then floor = now end
 redis.call('XTRIM', KEYS[1], 'MINID', '~', now - tonumber(ARGV[4]))
-return redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[3], '*', 'p', before, 'f', floor, 'o', ARGV[1], 'k', ARGV[2])
+return {redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[3], '*', 'p', before, 'f', floor, 'o', ARGV[1], 'k', ARGV[2]), floor}
 ";
 
 /// How long one blocking read waits: also how often an idle log is checked for having been reset, and how long a
 /// silent instance's trust in its memory lags behind.
 const BLOCK: Duration = Duration::from_secs(1);
 /// Notices per read: bounds memory; more is read at once.
-const PAGE: usize = 1000;
+const PAGE: usize = 200;
 /// Notices older than this are trimmed: nobody's memory stays fresh that long without hearing them.
 const MAX_AGE: Duration = Duration::from_secs(24 * 60 * 60);
 /// Stands for every key.
@@ -54,7 +59,7 @@ pub(super) enum Scope {
 /// What a reader heard.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum News {
-    /// Somebody else expired this.
+    /// This was expired.
     Expired(Scope),
     /// Notices were missed: they were trimmed, or this is the first read. What Redis holds is right.
     Missed,
@@ -99,6 +104,8 @@ pub(super) struct Log {
     author: String,
     max_length: u64,
     poll: Option<Duration>,
+    /// The last notice this instance has appended: a log that ends before it has gone back.
+    appended: Mutex<Position>,
     kinds: &'static [&'static str],
     append: Lua,
 }
@@ -107,7 +114,8 @@ impl Log {
     pub(super) fn new(redis: Redis, config: &config::Redis, author: String, kinds: &'static [&'static str]) -> Self {
         let name = format!("{}:log", config.prefix);
         let (max_length, poll) = (config.log_max_length, config.frugal_poll);
-        Self { redis, name, author, max_length, poll, kinds, append: Lua::new(APPEND) }
+        let appended = Mutex::default();
+        Self { redis, name, author, max_length, poll, appended, kinds, append: Lua::new(APPEND) }
     }
 
     /// Pause between two reads, where they must not block the connection they share.
@@ -115,8 +123,9 @@ impl Log {
         self.poll
     }
 
-    /// Carries out `before` and then appends the notice, in one round trip. `Ok` only if all of it happened.
-    pub(super) async fn append(&self, mut before: Vec<Cmd>, scope: &Scope) -> Result<(), Error> {
+    /// Carries out `before` and then appends the notice, in one round trip; returns the floor. `Ok` only if all of it
+    /// happened.
+    pub(super) async fn append(&self, mut before: Vec<Cmd>, scope: &Scope) -> Result<u64, Error> {
         let keys = match scope {
             Scope::Everything => EVERYTHING.to_owned(),
             Scope::Keys(keys) => keys.iter().map(Key::to_string).collect::<Vec<_>>().join(" "),
@@ -125,10 +134,20 @@ impl Log {
         call.arg(&self.author).arg(keys).arg(self.max_length).arg(MAX_AGE.as_millis() as u64);
         before.push(call);
         // One connection carries them in this order, so nobody hears of a key that is still fresh in Redis.
-        for reply in self.redis.send_script(&self.append, before).await? {
+        let mut replies = self.redis.send_script(&self.append, before).await?;
+        let appended = replies.pop().ok_or_else(|| malformed("no reply"))??;
+        for reply in replies {
             reply?;
         }
-        Ok(())
+        let (id, floor_ms): (String, u64) = redis::from_redis_value(appended).map_err(RedisError::from)?;
+        let id: Position = id.parse().map_err(|()| malformed("notice id"))?;
+        let mut last = self.appended();
+        *last = id.max(*last);
+        Ok(floor_ms)
+    }
+
+    fn appended(&self) -> MutexGuard<'_, Position> {
+        self.appended.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A reader that has heard nothing yet.
@@ -205,8 +224,11 @@ impl Reader<'_> {
                 heard.news.push(News::Missed);
             } else if notice.previous < last {
                 heard.news.push(News::Reset);
+                *self.log.appended() = Position::default();
             }
-            if !notice.own {
+            // What this instance expired itself it has expired here already; everything is expired once more, so that
+            // nothing below the new floor stays.
+            if !notice.own || notice.scope == Scope::Everything {
                 heard.news.push(News::Expired(notice.scope));
             }
             heard.floor_ms = notice.floor_ms;
@@ -218,7 +240,10 @@ impl Reader<'_> {
 
     /// Nothing came: is the log still the one that was read?
     async fn check_tail(&mut self, position: Position) -> Result<Heard, Error> {
+        // Read before the tail is, so that a notice appended meanwhile does not look lost.
+        let appended = *self.log.appended();
         match self.log.tail().await? {
+            Some(tail) if tail.position < appended => self.start(News::Reset).await,
             Some(tail) if tail.position == position => {
                 Ok(Heard { news: Vec::new(), floor_ms: tail.floor_ms, caught_up: true })
             }
@@ -241,6 +266,9 @@ impl Reader<'_> {
             }
         };
         self.position = Some(tail.position);
+        if why == News::Reset {
+            *self.log.appended() = Position::default();
+        }
         Ok(Heard { news: vec![why], floor_ms: tail.floor_ms, caught_up: true })
     }
 }

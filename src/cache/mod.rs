@@ -26,7 +26,7 @@ use std::{
 
 use futures_util::future::join_all;
 
-use tokio::{runtime::Handle, time::sleep};
+use tokio::{runtime::Handle, sync::watch, time::sleep};
 
 pub use self::{entry::Entry, log::Position};
 use self::{
@@ -35,7 +35,7 @@ use self::{
     memory::{Guard, Joined, Memory, Source, Stored},
 };
 use crate::{
-    background::{Task, keep_running},
+    background::{Sparsely, Task, keep_running},
     config,
     redis::Redis,
 };
@@ -45,6 +45,9 @@ pub const LARGEST_SHARE: u64 = 8;
 /// How often a reader starts over because the flight it joined was overtaken, abandoned, or led by somebody content
 /// with an older entry. Each further flight began after the reader came, so two nearly always do.
 const ATTEMPTS: usize = 16;
+
+/// How long the first reads wait for the log to be heard: as long as Redis takes to answer, or not at all.
+const FIRST_HEARING: Duration = Duration::from_millis(250);
 
 /// What an entry is stored under: a kind of thing and its number. Written `product:680`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,7 +173,7 @@ impl Answer {
 
     /// Time since its load from the database began.
     pub fn age(&self) -> Duration {
-        memory::duration(self.at - self.stored.born)
+        memory::duration(self.at.saturating_sub(self.stored.born))
     }
 
     /// Seconds for which it is still fresh; not positive for a stale one.
@@ -205,6 +208,8 @@ struct Inner {
     /// Entries in Redis whose load began before this are stale (Redis' clock, milliseconds).
     floor_ms: AtomicU64,
     position: Mutex<Option<Position>>,
+    heard_once: watch::Sender<bool>,
+    failures: Sparsely,
     background: Handle,
 }
 
@@ -245,6 +250,8 @@ impl Cache {
             gate: gate::Gate::new(config),
             floor_ms: AtomicU64::new(0),
             position: Mutex::new(None),
+            heard_once: watch::Sender::new(false),
+            failures: Sparsely::default(),
             background: background.clone(),
         });
         let mut tasks = Vec::new();
@@ -360,7 +367,7 @@ impl Cache {
         max_age: Option<Duration>,
         load: &Load,
     ) -> Result<Answer, Failure> {
-        let mut last = Failure::Broken("no load ended".to_owned());
+        let mut last = Failure::Unavailable("the entry is expired faster than it can be loaded".to_owned());
         for _ in 0..ATTEMPTS {
             let landed = match wait {
                 Wait::Ready(answer) => return Ok(answer),
@@ -478,7 +485,17 @@ impl Inner {
     }
 
     fn trusts_redis_with(&self, key: &Key) -> bool {
-        self.shared.is_some() && !self.queue.has(key)
+        // The floor, below which entries in Redis are stale, is heard from the log.
+        let heard = self.memory.unheard_for(Source::Log).is_some_and(|unheard| unheard <= self.config.unheard_max);
+        self.shared.is_some() && heard && !self.queue.has(key)
+    }
+
+    /// Waits a moment for the log at the very start, so that the first reads need not go past Redis.
+    async fn first_hearing(&self) {
+        if self.shared.is_some() && !*self.heard_once.borrow() {
+            let mut heard_once = self.heard_once.subscribe();
+            let _ = tokio::time::timeout(FIRST_HEARING, heard_once.wait_for(|heard| *heard)).await;
+        }
     }
 }
 
@@ -486,28 +503,34 @@ impl Inner {
 async fn listen(cache: Arc<Inner>) {
     let Some(remote) = &cache.shared else { return std::future::pending().await };
     let mut reader = remote.log.reader();
+    let deaf = Sparsely::default();
     loop {
         remote.redis.log_connected().await;
         let sent = cache.memory.now();
         let heard = match reader.read().await {
             Ok(heard) => heard,
             Err(error) => {
-                tracing::warn!(%error, "redis: cannot hear the invalidation log; what is in memory is trusted for {} s",
-                    cache.config.unheard_max.as_secs());
+                if let Some(unsaid) = deaf.next() {
+                    let trusted_s = cache.config.unheard_max.as_secs();
+                    tracing::warn!(%error, unsaid, "redis: cannot hear the log; memory is trusted for {trusted_s} s");
+                }
                 sleep(Duration::from_millis(rand::random_range(50..150))).await;
                 continue;
             }
         };
         // Raised before keys are expired, so that what they are loaded from next is already judged by it.
-        cache.floor_ms.fetch_max(heard.floor_ms, Ordering::AcqRel);
+        let known_floor_ms = cache.floor_ms.fetch_max(heard.floor_ms, Ordering::AcqRel);
         for news in heard.news {
             match news {
                 News::Expired(scope) => cache.expire_here(&scope),
                 News::Missed => cache.memory.expire_everything(),
                 News::Reset => {
                     tracing::warn!("redis: the invalidation log was lost or went back; everything is stale");
-                    // Redis may be an older copy of itself: nothing in it is trusted until it is told so.
-                    cache.queue.add(&Scope::Everything);
+                    // Redis may be an older copy of itself: nothing in it is trusted until the floor is raised, which
+                    // another instance may have done since.
+                    if heard.floor_ms <= known_floor_ms {
+                        cache.queue.add(&Scope::Everything);
+                    }
                     cache.memory.expire_everything();
                 }
             }
@@ -515,6 +538,7 @@ async fn listen(cache: Arc<Inner>) {
         if heard.caught_up {
             // As of when the read was sent: a process that was stopped meanwhile must not think it heard just now.
             cache.memory.heard(Source::Log, sent);
+            cache.heard_once.send_if_modified(|heard| !std::mem::replace(heard, true));
         }
         *cache.position.lock().unwrap_or_else(PoisonError::into_inner) = reader.position();
         if heard.caught_up

@@ -122,28 +122,48 @@ impl Sqlite {
 
 async fn open(config: &config::Database) -> Result<Opened, Error> {
     let Some(url) = &config.url else {
-        let file = SqliteConnectOptions::new().filename(DEFAULT_FILE);
-        return match open_file(config, file, DEFAULT_FILE).await {
-            Ok(opened) => Ok(opened),
-            Err(error) if is_unwritable(&error) => open_memory(config).await.map_err(unavailable),
+        let file = file_options(config, SqliteConnectOptions::new().filename(DEFAULT_FILE));
+        return match create(&file.clone().create_if_missing(true)).await {
+            Ok(_) => Ok(opened_file(config, file)),
+            Err(error) if is_unwritable(&error) && !Path::new(DEFAULT_FILE).exists() => {
+                open_memory(config).await.map_err(unavailable)
+            }
             Err(error) => Err(unavailable(error)),
         };
     };
-    let options = SqliteConnectOptions::from_str(url.reveal()).map_err(unavailable)?;
-    let file = options.get_filename().to_path_buf();
-    open_file(config, options, &file.display().to_string()).await.map_err(unavailable)
+    // A database that somebody names is theirs: nothing is created or seeded in it.
+    let file = file_options(config, SqliteConnectOptions::from_str(url.reveal()).map_err(unavailable)?);
+    let mut connection = file.connect().await.map_err(unavailable)?;
+    for table in ["product", "product_change"] {
+        let exists = exists(&mut connection, table).await.map_err(unavailable)?;
+        if !exists && (table == "product" || config.feed_interval.is_some()) {
+            return Err(Error::Unavailable(format!("there is no table {table}: sql/sqlite.sql makes it")));
+        }
+    }
+    Ok(opened_file(config, file))
 }
 
-async fn open_file(config: &config::Database, file: SqliteConnectOptions, name: &str) -> sqlx::Result<Opened> {
-    let options = file
-        .create_if_missing(true)
+fn file_options(config: &config::Database, file: SqliteConnectOptions) -> SqliteConnectOptions {
+    file.create_if_missing(false) // a file that vanishes is an error, not an empty database
         .journal_mode(SqliteJournalMode::Wal) // readers do not wait for a writer
         .synchronous(SqliteSynchronous::Normal)
         .busy_timeout(config.connect_timeout)
-        .disable_statement_logging();
-    create(&options).await?;
-    let what = std::path::absolute(Path::new(name)).map_or_else(|_| name.to_owned(), |path| path.display().to_string());
-    Ok(Opened { pool: pool(config, options), what: format!("SQLite file {what}"), _keeper: None })
+        .disable_statement_logging()
+}
+
+fn opened_file(config: &config::Database, file: SqliteConnectOptions) -> Opened {
+    let name = file.get_filename().to_owned();
+    let name = std::path::absolute(&name).unwrap_or(name);
+    Opened { pool: pool(config, file), what: format!("SQLite file {}", name.display()), _keeper: None }
+}
+
+async fn exists(connection: &mut SqliteConnection, table: &str) -> sqlx::Result<bool> {
+    let found: i64 =
+        sqlx::query_scalar("SELECT count(*) FROM sqlite_schema WHERE type IN ('table', 'view') AND name = ?1")
+            .bind(table)
+            .fetch_one(connection)
+            .await?;
+    Ok(found > 0)
 }
 
 async fn open_memory(config: &config::Database) -> sqlx::Result<Opened> {
@@ -171,11 +191,7 @@ fn pool(config: &config::Database, options: SqliteConnectOptions) -> SqlitePool 
 async fn create(options: &SqliteConnectOptions) -> sqlx::Result<SqliteConnection> {
     let mut connection = options.connect().await?;
     let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
-    let exists: i64 =
-        sqlx::query_scalar("SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND name = 'product'")
-            .fetch_one(&mut *transaction)
-            .await?;
-    if exists == 0 {
+    if !exists(&mut transaction, "product").await? {
         sqlx::raw_sql(SCHEMA).execute(&mut *transaction).await?;
     }
     transaction.commit().await?;
@@ -184,10 +200,10 @@ async fn create(options: &SqliteConnectOptions) -> sqlx::Result<SqliteConnection
 
 /// Whether a file could not be made or written, as opposed to being broken or busy.
 fn is_unwritable(error: &sqlx::Error) -> bool {
-    // SQLite's primary result codes READONLY (8), IOERR (10), CANTOPEN (14); the low byte of an extended code.
+    // SQLite's primary result codes READONLY (8) and CANTOPEN (14); the low byte of an extended code.
     let sqlx::Error::Database(error) = error else { return false };
     let code = error.code().and_then(|code| code.parse::<u32>().ok());
-    matches!(code.map(|code| code & 0xff), Some(8 | 10 | 14))
+    matches!(code.map(|code| code & 0xff), Some(8 | 14))
 }
 
 fn unavailable(error: sqlx::Error) -> Error {

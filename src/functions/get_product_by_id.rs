@@ -144,10 +144,13 @@ fn cache_status(app: &App, answer: &Answer, ttl_s: i64, max_age: Option<Duration
     // The request's own directive, or no usable copy.
     let forward = if max_age.is_some() { "request" } else { "miss" };
     let mut status = String::with_capacity(80);
+    let reason = match how.stale {
+        None => "",
+        Some(Stale::DatabaseFailed) => "database-failed",
+        Some(Stale::DatabaseSlow) => "database-slow",
+    };
     let _ = match (how.level, how.stale) {
-        (Level::Memory, None) => write!(status, "L1; hit; ttl={ttl_s}"),
-        (_, Some(Stale::DatabaseFailed)) => write!(status, "L1; hit; ttl={ttl_s}; detail=database-failed"),
-        (_, Some(Stale::DatabaseSlow)) => write!(status, "L1; hit; ttl={ttl_s}; detail=database-slow"),
+        (Level::Memory, None) | (_, Some(_)) => write!(status, "L1; hit; ttl={ttl_s}"),
         (Level::Redis, None) => write!(status, "L2; hit; ttl={ttl_s}, L1; fwd={forward}"),
         (Level::Database, None) if app.config.redis.is_some() => write!(status, "L2; fwd={forward}, L1; fwd={forward}"),
         (Level::Database, None) => write!(status, "L1; fwd={forward}"),
@@ -158,9 +161,12 @@ fn cache_status(app: &App, answer: &Answer, ttl_s: i64, max_age: Option<Duration
     if how.collapsed {
         status.push_str("; collapsed");
     }
-    if !parts.is_empty() {
-        let _ = write!(status, "; detail=\"{parts}\"");
-    }
+    let _ = match (reason, parts) {
+        ("", "") => Ok(()),
+        (reason, "") => write!(status, "; detail={reason}"),
+        ("", parts) => write!(status, "; detail=\"{parts}\""),
+        (reason, parts) => write!(status, "; detail=\"{reason}: {parts}\""),
+    };
     HeaderValue::from_maybe_shared(Bytes::from(status)).unwrap_or_else(|_| HeaderValue::from_static("L1"))
 }
 

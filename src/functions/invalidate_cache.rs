@@ -21,11 +21,13 @@ const SMALL_BODY: usize = 64 * 1024;
 
 /// Answers POST.
 pub(super) async fn handle(app: &App, request: &HttpRequest, payload: web::Payload) -> Result<HttpResponse, Error> {
-    let body = read_body(request, payload, app.config.invalidate.max_body_bytes).await?;
+    let (budget, limit) = (app.config.invalidate.budget, app.config.invalidate.max_body_bytes);
+    let body = tokio::time::timeout(budget, read_body(request, payload, limit)).await;
+    let body = body.unwrap_or_else(|_| Err(Error::BadRequest("the body did not come in time".to_owned())))?;
     let changes = decode(app, body).await.inspect_err(|error| tracing::error!(%error, "InvalidateCache: refused"))?;
     let keys: Vec<_> = changes.keys.iter().map(|id| Key::new(product::KIND, *id)).collect();
     if !keys.is_empty() {
-        let expired = app.cache.expire(&keys, app.config.invalidate.budget).await;
+        let expired = app.cache.expire(&keys, budget).await;
         expired.inspect_err(|error| tracing::error!(%error, keys = keys.len(), "InvalidateCache: failed"))?;
     }
     app.counts.expired(keys.len());

@@ -345,6 +345,7 @@ async fn two_hundred_instances_live_on_a_redis_that_allows_250_connections() {
         ("REDIS_FRUGAL_POLL_MS", "1000"),
         ("REDIS_RESPONSE_TIMEOUT_MS", "5000"),
         ("REDIS_CONNECT_TIMEOUT_MS", "10000"),
+        ("REQUEST_TIMEOUT_MS", "60000"),
     ];
     let nodes: Vec<_> = (0..200).map(|_| Arc::new(Node::new(&truth, Some(&redis.url()), &settings))).collect();
     for node in &nodes {
