@@ -188,8 +188,16 @@ async fn a_client_that_has_the_product_gets_304() {
             }
             let head = way.send("HEAD", &target, &[("if-none-match", &etag)]).await;
             assert_eq!(head.status, 304);
-            let other = way.send("GET", &target, &[("if-none-match", "\"x\"")]).await;
-            assert_eq!(other.status, 200);
+            for (header, value, status) in [
+                ("if-none-match", "\"x\"", 200),
+                ("if-match", etag.as_str(), 200),
+                ("if-match", "*", 200),
+                ("if-match", "\"x\"", 412),
+                ("if-match", &format!("W/{etag}"), 412),
+            ] {
+                let reply = way.send("GET", &target, &[(header, value)]).await;
+                assert_eq!(reply.status, status, "{header}: {value}");
+            }
         }
         let absent = way.send("GET", &format!("{PATH}?productid=999"), &[("if-none-match", "*")]).await;
         assert_eq!(absent.status, 404);
@@ -324,6 +332,8 @@ async fn cache_status_tells_who_answered() {
     assert!(status.starts_with("L2; hit; ttl=2") && status.ends_with(", L1; fwd=miss; stored"), "{status}");
     assert_eq!(shared.header("etag"), hit.header("etag"));
     assert_eq!(shared.body, hit.body);
+    let empty = first.get_with(&format!("{PATH}?productid=706"), &[("cache-control", "max-age=60")]).await;
+    assert_eq!(empty.header("cache-status"), "L2; fwd=miss, L1; fwd=miss; stored", "there was nothing to refuse");
     let afresh = first.get_with(&format!("{PATH}?productid=680"), &[("cache-control", "no-cache")]).await;
     assert_eq!(afresh.header("cache-status"), "L2; fwd=request, L1; fwd=request; stored");
     let young = first.get_with(&format!("{PATH}?productid=680"), &[("cache-control", "max-age=3600")]).await;

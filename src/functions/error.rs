@@ -26,6 +26,9 @@ pub enum Error {
     /// Use one of these methods.
     #[error("use {0}")]
     MethodNotAllowed(&'static str),
+    /// Fetch the current version first.
+    #[error("the product is another version than If-Match names")]
+    PreconditionFailed,
     /// Send less.
     #[error("the body is larger than {0} bytes")]
     TooLarge(usize),
@@ -59,6 +62,7 @@ impl Error {
             Self::BadRequest(_) => StatusCode::BAD_REQUEST,
             Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
+            Self::PreconditionFailed => StatusCode::PRECONDITION_FAILED,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Broken(_) => StatusCode::INTERNAL_SERVER_ERROR,

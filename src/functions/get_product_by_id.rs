@@ -33,20 +33,29 @@ pub(super) async fn handle(app: &App, request: &HttpRequest) -> Result<HttpRespo
     match asked {
         Asked::One(id) => {
             let key = key(id);
+            let forward = forward(app, &[key], max_age);
             let answer = match app.cache.get(&key, max_age, &app.load) {
                 Some(answer) => answer,
                 None => load(app, &[key], max_age).await.remove(0)?,
             };
             app.counts.count(&answer);
-            Ok(one(app, request, id, &answer, max_age))
+            one(app, request, id, &answer, forward)
         }
         Asked::Many(ids) => {
             let keys: Vec<_> = ids.iter().copied().map(key).collect();
+            let forward = forward(app, &keys, max_age);
             let answers = load(app, &keys, max_age).await.into_iter().collect::<Result<Vec<_>, _>>()?;
             answers.iter().for_each(|answer| app.counts.count(answer));
-            Ok(many(app, request, &answers, max_age))
+            many(app, request, &answers, forward)
         }
     }
+}
+
+/// Why memory does not answer by itself, if it does not (RFC 9211, section 2.2): the request would not have what it
+/// holds, or it holds nothing usable.
+fn forward(app: &App, keys: &[Key], max_age: Option<Duration>) -> &'static str {
+    let refused = max_age.is_some() && keys.iter().any(|key| app.cache.get(key, None, &app.load).is_some());
+    if refused { "request" } else { "miss" }
 }
 
 fn key(id: ProductId) -> Key {
@@ -66,17 +75,18 @@ async fn load(app: &App, keys: &[Key], max_age: Option<Duration>) -> Vec<Result<
     }
 }
 
-fn one(app: &App, request: &HttpRequest, id: ProductId, answer: &Answer, max_age: Option<Duration>) -> HttpResponse {
+fn one(app: &App, request: &HttpRequest, id: ProductId, answer: &Answer, forward: &str) -> Result<HttpResponse, Error> {
     let (ttl_s, age_s) = (answer.ttl_s(), answer.age().as_secs());
-    let status = cache_status(app, answer, ttl_s, max_age, "");
+    let status = cache_status(app, answer, ttl_s, forward, "");
     let mut response = match answer.entry() {
         Entry::Absent => {
             let mut response =
                 Error::NotFound(format!("there is no product {}", id.number())).response(super::invocation(request));
             response.headers_mut().insert(header::AGE, HeaderValue::from(age_s));
             response.headers_mut().insert(header::HeaderName::from_static(CACHE_STATUS), status);
-            return response;
+            return Ok(response);
         }
+        Entry::Found(body) if fails_if_match(request.headers(), &body.etag) => return Err(Error::PreconditionFailed),
         Entry::Found(body) if matches_etag(request.headers(), &body.etag) => not_modified(&body.etag),
         Entry::Found(body) => ok(body.bytes.clone(), &body.etag),
     };
@@ -84,10 +94,10 @@ fn one(app: &App, request: &HttpRequest, id: ProductId, answer: &Answer, max_age
     if let Entry::Found(Body { last_modified: Some(date), .. }) = answer.entry() {
         headers.insert(header::LAST_MODIFIED, shared_value(date));
     }
-    finish(app, response, status, age_s)
+    Ok(finish(app, response, status, age_s))
 }
 
-fn many(app: &App, request: &HttpRequest, answers: &[Answer], max_age: Option<Duration>) -> HttpResponse {
+fn many(app: &App, request: &HttpRequest, answers: &[Answer], forward: &str) -> Result<HttpResponse, Error> {
     let mut body = BytesMut::with_capacity(answers.iter().map(|answer| element(answer).len() + 1).sum::<usize>() + 1);
     let mut separator: &[u8] = b"[";
     for answer in answers {
@@ -106,12 +116,13 @@ fn many(app: &App, request: &HttpRequest, answers: &[Answer], max_age: Option<Du
     let parts =
         format!("memory {}, redis {}, database {}", count(Level::Memory), count(Level::Redis), count(Level::Database));
     let status = farthest
-        .map_or(HeaderValue::from_static("L1; hit"), |answer| cache_status(app, answer, ttl_s, max_age, &parts));
+        .map_or(HeaderValue::from_static("L1; hit"), |answer| cache_status(app, answer, ttl_s, forward, &parts));
     let response = match matches_etag(request.headers(), &etag) {
+        _ if fails_if_match(request.headers(), &etag) => return Err(Error::PreconditionFailed),
         true => not_modified(&etag),
         false => ok(body.freeze(), &etag),
     };
-    finish(app, response, status, age_s)
+    Ok(finish(app, response, status, age_s))
 }
 
 fn ok(body: Bytes, etag: &Bytes) -> HttpResponse {
@@ -139,10 +150,8 @@ fn shared_value(text: &Bytes) -> HeaderValue {
 }
 
 /// `Cache-Status` (RFC 9211): caches from the database's side to the client's, `L2` being Redis and `L1` memory.
-fn cache_status(app: &App, answer: &Answer, ttl_s: i64, max_age: Option<Duration>, parts: &str) -> HeaderValue {
+fn cache_status(app: &App, answer: &Answer, ttl_s: i64, forward: &str, parts: &str) -> HeaderValue {
     let how = answer.how();
-    // The request's own directive, or no usable copy.
-    let forward = if max_age.is_some() { "request" } else { "miss" };
     let mut status = String::with_capacity(80);
     let reason = match how.stale {
         None => "",
@@ -194,6 +203,16 @@ fn matches_etag(headers: &HeaderMap, etag: &[u8]) -> bool {
         let value = value.as_bytes().trim_ascii();
         value == b"*" || value.windows(etag.len()).any(|part| part == etag)
     })
+}
+
+/// Whether there is an `If-Match` that lists neither this tag (strong comparison, RFC 9110 section 13.1.1) nor `*`.
+fn fails_if_match(headers: &HeaderMap, etag: &[u8]) -> bool {
+    let mut values = headers.get_all(header::IF_MATCH).peekable();
+    values.peek().is_some()
+        && !values.any(|value| {
+            let mut listed = value.as_bytes().split(|byte| *byte == b',').map(<[u8]>::trim_ascii);
+            listed.any(|tag| tag == b"*" || tag == etag)
+        })
 }
 
 /// What a query asks for.
