@@ -205,3 +205,38 @@ async fn information_goes_to_stdout_line_by_line_and_only_trouble_to_stderr() {
         assert!(!line.starts_with("LanguageWorkerConsoleLog") && !line.starts_with("azfuncjsonlog:"), "{line}");
     }
 }
+
+#[tokio::test]
+async fn a_database_that_somebody_names_is_neither_made_nor_seeded() {
+    let folder = tempfile::tempdir().unwrap();
+    let theirs = folder.path().join("crm.db");
+    crate::support::sqlite(&theirs, "CREATE TABLE customer (id INTEGER PRIMARY KEY)");
+    let missing = folder.path().join("missing.db");
+    for file in [&theirs, &missing] {
+        let port = free_port();
+        let instance = start().env("HTTP_PORT", port).env("Sql", format!("sqlite:{}", file.display())).spawn();
+        answers(port).await;
+        let reply = http::send(port, "GET", "/api/GetProductById?productid=680", &[], "").await;
+        assert_eq!(reply.status, 503, "{}", reply.text());
+        instance.stderr.wait_for("the database cannot be opened yet").await;
+    }
+    let tables = std::process::Command::new("sqlite3").arg(&theirs).arg(".tables").output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&tables.stdout).trim(), "customer");
+    assert!(!missing.exists());
+}
+
+#[tokio::test]
+async fn other_peoples_variables_are_not_ours_misspelled() {
+    let names = [
+        "HTTP_PORTS",
+        "HTTPS_PORT",
+        "HTTP_HOST",
+        "LOGLEVEL",
+        "REDIS_URL",
+        "DATABASE_URL",
+        "CACHE_DIR",
+        "FUNCTIONS_WORKER_RUNTIME",
+    ];
+    let instance = names.iter().fold(start(), |start, name| start.env(name, "x")).up().await;
+    assert_eq!(instance.product(680).await.status, 200);
+}

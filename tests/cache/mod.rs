@@ -375,6 +375,79 @@ async fn an_instance_does_not_believe_redis_about_a_key_whose_expiry_it_still_ha
     eventually("and heard", async || (other.value(1).await == Some(11)).then_some(())).await;
 }
 
+#[tokio::test]
+async fn after_an_expiry_of_everything_redis_is_not_believed_about_what_was_there_before() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    Node::hearing(&truth, &redis.url(), &[]).await.value(1).await;
+    let proxy = Proxy::start(redis.port).await;
+    let author = Node::hearing(&truth, &proxy.redis_url(), &[]).await;
+    let deaf_proxy = Proxy::start(redis.port).await;
+    let deaf = Node::hearing(&truth, &deaf_proxy.redis_url(), &[("CACHE_UNHEARD_MAX_S", "3")]).await;
+    deaf.value(1).await;
+    // Neither hears its own or others' notices from here on; the author must know by itself.
+    proxy.set_on(Link::Log, Fault::Stall);
+    deaf_proxy.set_on(Link::Log, Fault::Stall);
+    truth.set(1, 11);
+    author.cache.expire_everything(BUDGET).await.unwrap();
+    truth.hold();
+    let read = author.begin(1);
+    truth.begun(2).await; // it asks the database, not Redis
+    truth.release();
+    assert_eq!(value(&ended(read).await.unwrap()), Some(11));
+    redis.command(&["DEL", "product-cache:thing:1"]).await;
+    let old = Node::new(&Truth::new(&[(1, 10)]), Some(&redis.url()), &[]);
+    old.value(1).await; // as if Redis had gone back
+    eventually("without the log Redis is not believed for longer than memory", async || {
+        (deaf.value(1).await == Some(11)).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn somebody_elses_value_under_our_name_stops_no_expiry_and_no_read() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10), (2, 20)]);
+    let node = Node::hearing(&truth, &redis.url(), &[]).await;
+    redis.command(&["SET", "product-cache:thing:1", "foreign"]).await;
+    let answers = node.cache.get_or_load(&[key(1), key(2)], None, &node.load).await;
+    assert_eq!(answers.iter().map(|answer| value(answer.as_ref().unwrap())).collect::<Vec<_>>(), [Some(10), Some(20)]);
+    node.cache.expire(&[key(1), key(2)], BUDGET).await.unwrap();
+    assert_eq!(node.value(1).await, Some(10));
+    let other = Node::hearing(&truth, &redis.url(), &[]).await;
+    assert_eq!(other.read(1).await.how().level, Level::Redis, "the name is ours again");
+}
+
+#[tokio::test]
+async fn a_server_that_became_a_replica_is_left_and_taken_back_when_it_is_a_primary_again() {
+    let (redis, primary) = (RedisServer::start().await, RedisServer::start().await);
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::hearing(&truth, &redis.url(), &[]).await;
+    node.value(1).await;
+    redis.command(&["REPLICAOF", "127.0.0.1", &primary.port.to_string()]).await;
+    truth.set(1, 11);
+    assert!(node.cache.expire(&[key(1)], Duration::from_millis(500)).await.is_err());
+    assert_eq!(node.value(1).await, Some(11));
+    eventually("it is left", async || (node.cache.status().redis_connected == Some(false)).then_some(())).await;
+    redis.command(&["REPLICAOF", "NO", "ONE"]).await;
+    eventually("what was queued is delivered", async || (node.cache.status().expiries_queued == 0).then_some(())).await;
+    assert_eq!(node.value(1).await, Some(11));
+}
+
+#[tokio::test]
+async fn a_redis_clock_that_went_back_costs_nothing_but_age() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    Node::hearing(&truth, &redis.url(), &[]).await.value(1).await;
+    let now_ms = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis();
+    redis.command(&["HSET", "product-cache:thing:1", "l", &(now_ms + 60_000).to_string()]).await;
+    let node = Node::hearing(&truth, &redis.url(), &[]).await;
+    assert_eq!(node.value(1).await, Some(10));
+    truth.set(1, 11);
+    let afresh = node.cache.get_or_load(&[key(1)], Some(Duration::ZERO), &node.load).await.remove(0).unwrap();
+    assert_eq!(value(&afresh), Some(11));
+}
+
 // ---- L2 ---------------------------------------------------------------------------------------------------------
 
 #[tokio::test]
