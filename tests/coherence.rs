@@ -3,6 +3,7 @@
 use crate::support::{
     eventually, http,
     instance::{Instance, start},
+    proxy::{Fault, Link, Proxy},
     redis::RedisServer,
 };
 
@@ -100,4 +101,22 @@ async fn a_thousand_requests_for_a_cold_product_on_two_instances_are_one_query()
         loaded += instance.status().await["loads"].as_u64().unwrap();
     }
     assert_eq!(loaded, 1);
+}
+
+/// More keys than the queue takes become "everything", which is told by the log's floor instead of key by key. An
+/// instance that had told it, and had not yet heard itself, believed what was older in Redis, and kept it.
+#[tokio::test]
+async fn an_expiry_of_everything_shows_at_once_where_it_is_acknowledged() {
+    let redis = RedisServer::start().await;
+    let proxy = Proxy::start(redis.port).await;
+    let instance = start().env("Redis", proxy.redis_url()).env("FEED_INTERVAL_MS", 0).up().await;
+    name(&instance, 680).await;
+    instance.sql("UPDATE product SET Name = 'new' WHERE ProductID = 680");
+    proxy.set_on(Link::Log, Fault::Stall);
+    let ids: Vec<_> = (1..=100_001).collect();
+    assert_eq!(instance.invalidate(&ids).await.status, 200);
+    assert_eq!(name(&instance, 680).await, "new");
+    proxy.set(Fault::None);
+    instance.status().await;
+    assert_eq!(name(&instance, 680).await, "new");
 }

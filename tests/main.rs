@@ -10,6 +10,7 @@ mod cache;
 mod coherence;
 mod faults;
 mod get_product_by_id;
+mod history;
 mod host_stand_in;
 mod invalidate_cache;
 mod repository;

@@ -57,10 +57,16 @@ impl Start {
         Instance { child, folder, stdout, stderr, port: 0, _own: own }
     }
 
-    /// Starts the process and waits until it hears of changes: from then on what it remembers stays remembered.
-    pub async fn up(self) -> Instance {
+    /// Starts the process and waits until it answers.
+    pub async fn listening(self) -> Instance {
         let mut instance = self.spawn();
         instance.port = eventually("the instance listens", async || instance.announced_port()).await;
+        instance
+    }
+
+    /// Starts the process and waits until it hears of changes: from then on what it remembers stays remembered.
+    pub async fn up(self) -> Instance {
+        let instance = self.listening().await;
         eventually("the instance hears", async || hears(&instance.status().await).then_some(())).await;
         instance
     }
@@ -71,6 +77,14 @@ pub fn hears(status: &serde_json::Value) -> bool {
     let feed = status["changeFeed"].is_null() || status["changeFeed"]["unheardSeconds"].is_number();
     let log = status["redis"].is_null() || status["redis"]["logUnheardSeconds"].is_number();
     feed && log
+}
+
+/// Delivers a trigger batch about these products to whoever listens at this port.
+pub async fn try_invalidate(port: u16, ids: &[i64]) -> Result<Reply, String> {
+    let rows: Vec<_> = ids.iter().map(|id| serde_json::json!({"Operation": 1, "Item": {"ProductID": id}})).collect();
+    let text = serde_json::Value::from(serde_json::to_string(&rows).expect("plain")).to_string();
+    let body = serde_json::json!({"Data": {"changes": text}, "Metadata": {}}).to_string();
+    http::try_send(port, "POST", "/InvalidateCache", &[("content-type", "application/json")], body).await
 }
 
 /// A running process; it is killed with its owner.
@@ -134,11 +148,7 @@ impl Instance {
 
     /// Delivers a trigger batch about these products.
     pub async fn invalidate(&self, ids: &[i64]) -> Reply {
-        let rows: Vec<_> =
-            ids.iter().map(|id| serde_json::json!({"Operation": 1, "Item": {"ProductID": id}})).collect();
-        let text = serde_json::Value::from(serde_json::to_string(&rows).expect("plain")).to_string();
-        let body = serde_json::json!({"Data": {"changes": text}, "Metadata": {}}).to_string();
-        http::send(self.port, "POST", "/InvalidateCache", &[("content-type", "application/json")], body).await
+        try_invalidate(self.port, ids).await.unwrap_or_else(|error| panic!("POST /InvalidateCache: {error}"))
     }
 
     /// What `GET /` says.

@@ -41,6 +41,12 @@ pub fn sqlite(file: &std::path::Path, sql: &str) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
+/// Makes the embedded catalogue in a file of another name.
+pub fn catalogue(file: &std::path::Path) {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/sql/sqlite.sql");
+    sqlite(file, &format!(".read '{script}'"));
+}
+
 /// See [`instance::Instance::drag`].
 pub fn drag(file: &std::path::Path, steps: u64) {
     let view = "CREATE TABLE drag (steps INTEGER);

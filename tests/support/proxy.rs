@@ -17,7 +17,7 @@ use tokio::{
     time::sleep,
 };
 
-/// What the proxy does with what comes back from the server.
+/// What the proxy does with what comes back from the server, and once with what goes there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// Passes everything on.
@@ -26,6 +26,8 @@ pub enum Fault {
     Refuse,
     /// Holds every byte back.
     Stall,
+    /// Holds every byte of requests back, and carries them out late, even if nobody waits for the answer any more.
+    StallRequests,
     /// Passes each piece on this much later.
     Slow(Duration),
     /// Passes on half of the next reply, and closes.
@@ -124,14 +126,16 @@ async fn carry(client: TcpStream, server: SocketAddr, orders: watch::Receiver<(L
     let reads_log = Arc::new(AtomicBool::new(false));
     let mut orders = Orders { orders, reads_log: reads_log.clone() };
     let mut refusals = Orders { orders: orders.orders.clone(), reads_log: reads_log.clone() };
+    let mut holds = Orders { orders: orders.orders.clone(), reads_log: reads_log.clone() };
     let up = async {
         let mut piece = vec![0; 64 * 1024];
         while let Ok(length @ 1..) = from_client.read(&mut piece).await {
-            // XREAD, and the XREVRANGE it starts with.
-            let about_log = |part: &[u8]| part == b"XREAD" || part == b"XREVR";
-            if piece[..length].windows(5).any(about_log) {
+            // XREAD, and the XREVRANGE it starts with, as commands: scripts name them too.
+            let about_log = |part: &[u8]| part == b"\r\nXREAD" || part == b"\r\nXREVR";
+            if piece[..length].windows(7).any(about_log) {
                 reads_log.store(true, Ordering::SeqCst);
             }
+            holds.until(|fault| fault != Fault::StallRequests).await;
             if to_server.write_all(&piece[..length]).await.is_err() {
                 return;
             }
@@ -148,7 +152,7 @@ async fn carry(client: TcpStream, server: SocketAddr, orders: watch::Receiver<(L
                     return;
                 }
                 Fault::Garbage => piece[..length].fill(b'?'),
-                Fault::None | Fault::Refuse => {}
+                Fault::None | Fault::StallRequests | Fault::Refuse => {}
             }
             if to_client.write_all(&piece[..length]).await.is_err() {
                 return;
