@@ -150,23 +150,27 @@ pub fn routes(app: Arc<App>) -> impl Fn(&mut web::ServiceConfig) + Clone {
 }
 
 async fn answer(app: web::Data<App>, request: HttpRequest, payload: web::Payload) -> HttpResponse {
-    let outcome = AssertUnwindSafe(dispatch(&app, &request, payload, ROUTES)).catch_unwind().await;
+    contain(&app.counts, &request, dispatch(&app, &request, payload)).await
+}
+
+/// Turns whatever a handler does into an answer.
+async fn contain(
+    counts: &Counts,
+    request: &HttpRequest,
+    handler: impl Future<Output = Result<HttpResponse, Error>>,
+) -> HttpResponse {
+    let outcome = AssertUnwindSafe(handler).catch_unwind().await;
     let outcome = outcome.unwrap_or_else(|_| Err(Error::Broken("a handler panicked".to_owned())));
     outcome.unwrap_or_else(|error| {
         if let Error::Broken(problem) = &error {
-            app.counts.broken.fetch_add(1, Ordering::Relaxed);
-            tracing::error!(problem, invocation = invocation(&request), "a bug");
+            counts.broken.fetch_add(1, Ordering::Relaxed);
+            tracing::error!(problem, invocation = invocation(request), "a bug");
         }
-        error.response(invocation(&request))
+        error.response(invocation(request))
     })
 }
 
-async fn dispatch(
-    app: &App,
-    request: &HttpRequest,
-    payload: web::Payload,
-    routes: &[Route],
-) -> Result<HttpResponse, Error> {
+async fn dispatch(app: &App, request: &HttpRequest, payload: web::Payload) -> Result<HttpResponse, Error> {
     let path = request.uri().path();
     if path == "/" {
         // The host's readiness probe and health ping: answers from memory alone.
@@ -174,7 +178,7 @@ async fn dispatch(
     }
     let nothing_here = || Error::NotFound("there is no such function".to_owned());
     let prefix = &app.config.http.route_prefix;
-    let route = routes.iter().find(|route| route.matches(path, prefix)).ok_or_else(nothing_here)?;
+    let route = ROUTES.iter().find(|route| route.matches(path, prefix)).ok_or_else(nothing_here)?;
     if route.trigger == Trigger::Host && !is_from_host(request) {
         return Err(nothing_here());
     }
@@ -208,7 +212,8 @@ fn is_from_host(request: &HttpRequest) -> bool {
     let from_loopback = request.peer_addr().is_some_and(|peer| peer.ip().is_loopback());
     let forwarded = request.headers().keys().any(|name| name.as_str().starts_with("x-forwarded-"));
     let host = request.headers().get("host").and_then(|host| host.to_str().ok()).unwrap_or_default();
-    let name = host.rsplit_once(':').map_or(host, |(name, _port)| name);
+    let is_port = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+    let name = host.rsplit_once(':').filter(|(_, port)| is_port(port)).map_or(host, |(name, _)| name);
     let to_loopback = name.eq_ignore_ascii_case("localhost")
         || name.trim_matches(['[', ']']).parse().is_ok_and(|address: std::net::IpAddr| address.is_loopback());
     from_loopback && to_loopback && !forwarded
@@ -278,5 +283,40 @@ impl App {
                 "unheardSeconds": seconds(cache.feed_unheard_for),
             })),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use actix_web::{body::to_bytes, test::TestRequest};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_handler_that_panics_is_a_500_with_the_invocations_id_and_nothing_else() {
+        let counts = Counts::default();
+        let request =
+            TestRequest::default().insert_header(("x-azure-functions-invocationid", "an-id")).to_http_request();
+        let response = contain(&counts, &request, async { panic!("secret") }).await;
+        assert_eq!(response.status(), 500);
+        assert_eq!(response.headers().get("content-type").expect("a type"), "application/problem+json");
+        let body = to_bytes(response.into_body()).await.expect("a body");
+        let problem: serde_json::Value = serde_json::from_slice(&body).expect("JSON");
+        let expected =
+            json!({"type": "about:blank", "title": "Internal Server Error", "status": 500, "invocationId": "an-id"});
+        assert_eq!(problem, expected);
+        assert_eq!(counts.broken.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn only_this_machine_and_only_for_itself_may_call_what_is_the_hosts() {
+        let from = |peer: &str, host: &str| {
+            let request = TestRequest::default().peer_addr(peer.parse().expect("an address"));
+            is_from_host(&request.insert_header(("host", host)).to_http_request())
+        };
+        assert!(from("127.0.0.1:5000", "127.0.0.1:7071") && from("[::1]:5000", "[::1]"));
+        assert!(!from("192.0.2.1:5000", "127.0.0.1:7071"), "another machine");
+        assert!(!from("127.0.0.1:5000", "shop.example"), "another name");
+        assert!(!is_from_host(&TestRequest::default().to_http_request()), "nobody knows who");
     }
 }

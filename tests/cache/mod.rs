@@ -171,7 +171,7 @@ async fn an_absent_entry_is_ended_by_an_expiry() {
     assert_eq!(node.value(1).await, Some(10));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn racing_readers_and_expiries_never_show_a_value_older_than_an_acknowledged_expiry() {
     let redis = RedisServer::start().await;
     let truth = Truth::new(&[(1, 0)]);
@@ -432,6 +432,36 @@ async fn a_server_that_became_a_replica_is_left_and_taken_back_when_it_is_a_prim
     redis.command(&["REPLICAOF", "NO", "ONE"]).await;
     eventually("what was queued is delivered", async || (node.cache.status().expiries_queued == 0).then_some(())).await;
     assert_eq!(node.value(1).await, Some(11));
+}
+
+#[tokio::test]
+async fn an_older_copy_of_redis_brings_nothing_back() {
+    let mut redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10), (2, 20)]);
+    let a = Node::hearing(&truth, &redis.url(), &[]).await;
+    let b = Node::hearing(&truth, &redis.url(), &[]).await;
+    a.value(1).await;
+    b.value(2).await;
+    redis.command(&["SAVE"]).await;
+    truth.set(1, 11);
+    truth.set(2, 21);
+    a.cache.expire(&[key(1), key(2)], BUDGET).await.unwrap();
+    assert_eq!(a.value(1).await, Some(11));
+    eventually("B hears it", async || (b.value(2).await == Some(21)).then_some(())).await;
+    let position = a.cache.status().log_position;
+    redis.restart().await; // with what was saved: both old entries fresh, and a log that ends earlier
+    eventually("both have noticed", async || {
+        for node in [&a, &b] {
+            assert_eq!((node.value(1).await, node.value(2).await), (Some(11), Some(21)), "nothing comes back");
+        }
+        (a.cache.status().log_position != position && b.cache.status().log_position != position).then_some(())
+    })
+    .await;
+    eventually("nor to a new instance", async || {
+        let new = Node::hearing(&truth, &redis.url(), &[]).await;
+        (new.value(1).await == Some(11) && new.value(2).await == Some(21)).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]
