@@ -199,7 +199,7 @@ async fn racing_readers_and_expiries_never_show_a_value_older_than_an_acknowledg
             })
             .collect();
         let base = truth.0.values.lock().unwrap()[&1];
-        for value in base + 1..=base + 500 {
+        for value in base + 1..=base + 150 {
             truth.set(1, value);
             node.cache.expire(&[key(1)], BUDGET).await.unwrap();
             acknowledged.store(value as usize, Ordering::SeqCst);
