@@ -13,6 +13,7 @@ mod get_product_by_id;
 mod history;
 mod host_stand_in;
 mod invalidate_cache;
+mod model;
 mod repository;
 mod scenarios;
 mod startup;

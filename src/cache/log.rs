@@ -5,6 +5,7 @@
 //! notice after its position or is told that it may have missed some; `p` shows a trimmed, emptied or older log alike.
 
 use std::{
+    collections::BTreeSet,
     fmt,
     str::FromStr,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -44,6 +45,8 @@ const BLOCK: Duration = Duration::from_secs(1);
 const PAGE: usize = 200;
 /// Notices older than this are trimmed: nobody's memory stays fresh that long without hearing them.
 const MAX_AGE: Duration = Duration::from_secs(24 * 60 * 60);
+/// Own notices that are looked out for, while the log cannot be heard.
+const MOST_UNHEARD: usize = 10_000;
 /// Stands for every key.
 const EVERYTHING: &str = "*";
 
@@ -104,8 +107,7 @@ pub(super) struct Log {
     author: String,
     max_length: u64,
     poll: Option<Duration>,
-    /// The last notice this instance has appended: a log that ends before it has gone back.
-    appended: Mutex<Position>,
+    own: Mutex<Own>,
     kinds: &'static [&'static str],
     append: Lua,
 }
@@ -114,8 +116,8 @@ impl Log {
     pub(super) fn new(redis: Redis, config: &config::Redis, author: String, kinds: &'static [&'static str]) -> Self {
         let name = format!("{}:log", config.prefix);
         let (max_length, poll) = (config.log_max_length, config.frugal_poll);
-        let appended = Mutex::default();
-        Self { redis, name, author, max_length, poll, appended, kinds, append: Lua::new(APPEND) }
+        let own = Mutex::default();
+        Self { redis, name, author, max_length, poll, own, kinds, append: Lua::new(APPEND) }
     }
 
     /// Pause between two reads, where they must not block the connection they share.
@@ -141,13 +143,18 @@ impl Log {
         }
         let (id, floor_ms): (String, u64) = redis::from_redis_value(appended).map_err(RedisError::from)?;
         let id: Position = id.parse().map_err(|()| malformed("notice id"))?;
-        let mut last = self.appended();
-        *last = id.max(*last);
+        let mut own = self.own();
+        if id > own.heard {
+            own.unheard.insert(id);
+        }
+        if own.unheard.len() > MOST_UNHEARD {
+            own.unheard.pop_first();
+        }
         Ok(floor_ms)
     }
 
-    fn appended(&self) -> MutexGuard<'_, Position> {
-        self.appended.lock().unwrap_or_else(PoisonError::into_inner)
+    fn own(&self) -> MutexGuard<'_, Own> {
+        self.own.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A reader that has heard nothing yet.
@@ -177,6 +184,23 @@ impl Log {
             own: field("o") == self.author,
             scope,
         })
+    }
+}
+
+/// Notices that this instance appended and has not heard yet. One that the log has passed was lost by a Redis that
+/// acknowledged it.
+#[derive(Default)]
+struct Own {
+    unheard: BTreeSet<Position>,
+    heard: Position,
+}
+
+impl Own {
+    /// Takes note that a notice was heard; `false` if one of ours should have come before it.
+    fn hear(&mut self, position: Position) -> bool {
+        self.unheard.remove(&position);
+        self.heard = position;
+        self.unheard.first().is_none_or(|unheard| *unheard > position)
     }
 }
 
@@ -224,8 +248,13 @@ impl Reader<'_> {
                 heard.news.push(News::Missed);
             } else if notice.previous < last {
                 heard.news.push(News::Reset);
-                *self.log.appended() = Position::default();
             }
+            let mut own = self.log.own();
+            if !own.hear(notice.position) {
+                own.unheard.clear();
+                heard.news.push(News::Reset);
+            }
+            drop(own);
             // What this instance expired itself it has expired here already; everything is expired once more, so that
             // nothing below the new floor stays.
             if !notice.own || notice.scope == Scope::Everything {
@@ -241,9 +270,9 @@ impl Reader<'_> {
     /// Nothing came: is the log still the one that was read?
     async fn check_tail(&mut self, position: Position) -> Result<Heard, Error> {
         // Read before the tail is, so that a notice appended meanwhile does not look lost.
-        let appended = *self.log.appended();
+        let appended = self.log.own().unheard.last().copied();
         match self.log.tail().await? {
-            Some(tail) if tail.position < appended => self.start(News::Reset).await,
+            Some(tail) if appended.is_some_and(|appended| tail.position < appended) => self.start(News::Reset).await,
             Some(tail) if tail.position == position => {
                 Ok(Heard { news: Vec::new(), floor_ms: tail.floor_ms, caught_up: true })
             }
@@ -266,9 +295,7 @@ impl Reader<'_> {
             }
         };
         self.position = Some(tail.position);
-        if why == News::Reset {
-            *self.log.appended() = Position::default();
-        }
+        *self.log.own() = Own { unheard: BTreeSet::new(), heard: tail.position };
         Ok(Heard { news: vec![why], floor_ms: tail.floor_ms, caught_up: true })
     }
 }
@@ -285,6 +312,15 @@ fn malformed(what: &'static str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_notice_of_ours_that_the_log_has_passed_was_lost() {
+        let at = |ms| Position { ms, number: 0 };
+        let mut own = Own { unheard: [at(2), at(4)].into(), heard: at(0) };
+        assert!(own.hear(at(1)) && own.hear(at(2)) && own.hear(at(3)) && own.hear(at(4)) && own.hear(at(5)));
+        own.unheard.insert(at(6));
+        assert!(!own.hear(at(7)));
+    }
 
     #[test]
     fn positions_are_ordered_as_redis_orders_them_not_as_text() {
