@@ -12,7 +12,7 @@
 -- plain number is still welcome: TEXT affinity turns SET ListPrice = 1499.99
 -- into '1499.99'. The program rounds money to 4 decimals when it reads.
 --
--- Money stays below 922337203685477.5807, the largest count of ten-thousandths
+-- Money goes up to 922337203685477.5807, the largest count of ten-thousandths
 -- in 64 bits. Its CHECK compares the whole part as an integer and the decimals
 -- as text, so no float comes into that either.
 --
@@ -36,7 +36,7 @@ CREATE TABLE product (
     AND StandardCost NOT GLOB '*.*.*'
     AND (CAST(StandardCost AS INTEGER) < 922337203685477
       OR (CAST(StandardCost AS INTEGER) = 922337203685477
-        AND substr(StandardCost || '.', instr(StandardCost || '.', '.') + 1) < '5807'))),
+        AND substr(StandardCost || '.', instr(StandardCost || '.', '.') + 1) <= '5807.'))),
   ListPrice TEXT NOT NULL CONSTRAINT ListPrice_is_money CHECK (
     typeof(ListPrice) = 'text'
     AND ListPrice GLOB '*[0-9]*'
@@ -44,7 +44,7 @@ CREATE TABLE product (
     AND ListPrice NOT GLOB '*.*.*'
     AND (CAST(ListPrice AS INTEGER) < 922337203685477
       OR (CAST(ListPrice AS INTEGER) = 922337203685477
-        AND substr(ListPrice || '.', instr(ListPrice || '.', '.') + 1) < '5807'))),
+        AND substr(ListPrice || '.', instr(ListPrice || '.', '.') + 1) <= '5807.'))),
   Size TEXT CONSTRAINT Size_is_text CHECK (typeof(Size) IN ('text', 'null')),
   Weight TEXT CONSTRAINT Weight_is_decimal CHECK (Weight IS NULL OR (
     typeof(Weight) = 'text'

@@ -17,6 +17,7 @@ pub const KIND: &str = "product";
 #[rustfmt::skip] // a table reads as a table
 pub static TABLE: Table = Table {
     name: "product",
+    sql_server_name: "SalesLT.Product",
     key: "ProductID",
     columns: &[
         ("ProductID", Kind::Integer),

@@ -8,6 +8,7 @@ mod support;
 
 mod cache;
 mod coherence;
+mod databases;
 mod faults;
 mod get_product_by_id;
 mod history;

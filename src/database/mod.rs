@@ -3,19 +3,27 @@
 //! The only place that names a driver; one file per engine. Knows no entity: a [`Table`] says which columns to read
 //! and as what, a [`Row`] holds their values in that order. Connects on first use, never at start.
 
+mod gaps;
+mod mysql;
+mod pool;
+mod postgres;
 mod sqlite;
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use chrono::NaiveDateTime;
-use rust_decimal::Decimal;
+use futures_util::{FutureExt, future::BoxFuture};
+use rust_decimal::{Decimal, RoundingStrategy};
+use tokio::time::timeout;
 
-use crate::config;
+use crate::config::{self, Source};
 
 /// A table whose rows are read by an integer key.
 pub struct Table {
-    /// Name in the engine's schema script.
+    /// Its name.
     pub name: &'static str,
+    /// Its name in SQL Server, where tables are kept in schemas.
+    pub sql_server_name: &'static str,
     /// Column of the primary key.
     pub key: &'static str,
     /// The columns to read, in the order of [`Row`].
@@ -64,13 +72,29 @@ pub struct Row {
     pub values: Vec<Option<Value>>,
 }
 
+/// How far a change feed has been read: text that only the engine that gave it can read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Position(String);
+
+impl From<String> for Position {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 /// What changed since a position of the change feed.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Changes {
     /// Keys that changed, without duplicates.
     pub keys: Vec<i64>,
     /// Where to go on.
-    pub position: i64,
+    pub position: Position,
     /// Changes before this page are no longer known: any key may have changed.
     pub overrun: bool,
     /// More is waiting: ask again at once.
@@ -99,48 +123,81 @@ pub struct BadRow {
 
 /// The pool. Share it behind the `App`; it is made once.
 pub struct Database {
-    engine: Engine,
+    engine: Box<dyn Engine>,
+    query_timeout: Duration,
     feed_interval: Option<Duration>,
 }
 
-enum Engine {
-    Sqlite(sqlite::Sqlite),
+/// What an engine must do. Dropping a future cancels the query and leaves the pool usable.
+trait Engine: Send + Sync {
+    /// Opens the first connection now, and says in words what was opened (no secrets).
+    fn open(&self) -> BoxFuture<'_, Result<String, Error>>;
+
+    /// The rows with these keys, in one query, in no particular order; keys without a row are left out.
+    fn rows<'a>(
+        &'a self,
+        table: &'static Table,
+        keys: &'a [i64],
+    ) -> BoxFuture<'a, Result<Vec<Result<Row, BadRow>>, Error>>;
+
+    /// The position after every change committed so far.
+    fn latest_change(&self, table: &'static Table) -> BoxFuture<'_, Result<Position, Error>>;
+
+    /// What was committed after `position`: at least one page of it.
+    fn changes_since<'a>(
+        &'a self,
+        table: &'static Table,
+        position: &'a Position,
+    ) -> BoxFuture<'a, Result<Changes, Error>>;
+
+    /// Ends when the engine was told that something changed, or might have been told and was not listening. Never
+    /// ends where the engine tells nothing.
+    fn change_hint(&self, _table: &'static Table) -> BoxFuture<'_, ()> {
+        std::future::pending().boxed()
+    }
+
+    /// Closes every connection, waiting for queries in flight.
+    fn close(&self) -> BoxFuture<'_, ()>;
 }
 
 impl Database {
     /// Describes the pool; nothing is opened before the first use.
     pub fn new(config: &config::Database) -> Self {
-        Self { engine: Engine::Sqlite(sqlite::Sqlite::new(config)), feed_interval: config.feed_interval }
+        let engine: Box<dyn Engine> = match &config.source {
+            Source::Embedded => Box::new(sqlite::Sqlite::embedded(config)),
+            Source::Sqlite(url) => Box::new(sqlite::Sqlite::named(config, url)),
+            Source::Postgres(server) => Box::new(postgres::Postgres::new(config, server)),
+            Source::MySql(server) => Box::new(mysql::MySql::new(config, server)),
+            Source::SqlServer(_) => unreachable!("not yet"),
+        };
+        Self { engine, query_timeout: config.query_timeout, feed_interval: config.feed_interval }
     }
 
     /// Opens the first connection now, and says in words what was opened (no secrets).
     pub async fn open(&self) -> Result<String, Error> {
-        match &self.engine {
-            Engine::Sqlite(sqlite) => sqlite.open().await,
-        }
+        self.within(self.engine.open()).await
     }
 
     /// The rows with these keys, in one query, in no particular order; keys without a row are left out.
     ///
     /// Dropping the future cancels the query and leaves the pool usable.
     pub async fn rows(&self, table: &'static Table, keys: &[i64]) -> Result<Vec<Result<Row, BadRow>>, Error> {
-        match &self.engine {
-            Engine::Sqlite(sqlite) => sqlite.rows(table, keys).await,
-        }
+        self.within(self.engine.rows(table, keys)).await
     }
 
-    /// The position after the latest change.
-    pub async fn latest_change(&self, table: &'static Table) -> Result<i64, Error> {
-        match &self.engine {
-            Engine::Sqlite(sqlite) => sqlite.latest_change(table).await,
-        }
+    /// The position after every change committed so far.
+    pub async fn latest_change(&self, table: &'static Table) -> Result<Position, Error> {
+        self.within(self.engine.latest_change(table)).await
     }
 
-    /// One page of what changed after `position`.
-    pub async fn changes_since(&self, table: &'static Table, position: i64) -> Result<Changes, Error> {
-        match &self.engine {
-            Engine::Sqlite(sqlite) => sqlite.changes_since(table, position).await,
-        }
+    /// One page of what was committed after `position`; nothing is ever skipped, some of it may be repeated.
+    pub async fn changes_since(&self, table: &'static Table, position: &Position) -> Result<Changes, Error> {
+        self.within(self.engine.changes_since(table, position)).await
+    }
+
+    /// Waits until it is time to ask for changes again: after `pause`, or sooner where the engine tells of changes.
+    pub async fn wait_for_changes(&self, table: &'static Table, pause: Duration) {
+        let _ = timeout(pause, self.engine.change_hint(table)).await;
     }
 
     /// How often the change feed is to be read; `None`: not at all.
@@ -150,8 +207,33 @@ impl Database {
 
     /// Closes every connection, waiting for queries in flight.
     pub async fn close(&self) {
-        match &self.engine {
-            Engine::Sqlite(sqlite) => sqlite.close().await,
-        }
+        self.engine.close().await;
+    }
+
+    async fn within<T>(&self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        timeout(self.query_timeout, work).await.unwrap_or_else(|_| {
+            Err(Error::Unavailable(format!("no answer within {} ms", self.query_timeout.as_millis())))
+        })
+    }
+}
+
+/// A decimal as a column of this scale shows it: rounded as SQL Server rounds what is stored in a money column.
+fn rescaled(mut decimal: Decimal, scale: u32) -> Value {
+    decimal = decimal.round_dp_with_strategy(scale, RoundingStrategy::MidpointAwayFromZero);
+    decimal.rescale(scale);
+    Value::Decimal(decimal)
+}
+
+/// After which a server itself ends a query that nobody waits for any more: a little later than who waited gave up, so
+/// that it is always he who says so.
+fn server_side(query_timeout: Duration) -> Duration {
+    query_timeout + Duration::from_secs(1)
+}
+
+/// What went wrong, in the server's own words where it said something.
+fn problem(error: &sqlx::Error) -> String {
+    match error {
+        sqlx::Error::Database(error) => error.message().to_owned(),
+        error => error.to_string(),
     }
 }

@@ -11,15 +11,16 @@ use std::{
 };
 
 use chrono::{NaiveDate, NaiveDateTime};
-use rust_decimal::{Decimal, RoundingStrategy};
+use futures_util::{FutureExt, future::BoxFuture};
+use rust_decimal::Decimal;
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, Row as _, SqliteConnection, SqlitePool,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous},
 };
 use tokio::sync::{Mutex, OnceCell};
 
-use super::{BadRow, Changes, Error, Kind, Row, Table, Value};
-use crate::config;
+use super::{BadRow, Changes, Engine, Error, Kind, Position, Row, Table, Value};
+use crate::config::{self, Secret};
 
 /// Tables, seed rows and triggers of the embedded catalogue.
 const SCHEMA: &str = include_str!("../../sql/sqlite.sql");
@@ -32,6 +33,8 @@ static NEXT_MEMORY: AtomicUsize = AtomicUsize::new(0);
 
 pub(super) struct Sqlite {
     config: config::Database,
+    /// `None`: the embedded catalogue.
+    url: Option<Secret>,
     opened: OnceCell<Opened>,
 }
 
@@ -42,22 +45,53 @@ struct Opened {
     _keeper: Option<Mutex<SqliteConnection>>,
 }
 
-impl Sqlite {
-    pub(super) fn new(config: &config::Database) -> Self {
-        Self { config: config.clone(), opened: OnceCell::new() }
+impl Engine for Sqlite {
+    fn open(&self) -> BoxFuture<'_, Result<String, Error>> {
+        async { Ok(self.opened().await?.what.clone()) }.boxed()
     }
 
-    pub(super) async fn open(&self) -> Result<String, Error> {
-        Ok(self.opened().await?.what.clone())
+    fn rows<'a>(
+        &'a self,
+        table: &'static Table,
+        keys: &'a [i64],
+    ) -> BoxFuture<'a, Result<Vec<Result<Row, BadRow>>, Error>> {
+        self.rows(table, keys).boxed()
     }
 
-    pub(super) async fn close(&self) {
-        if let Some(opened) = self.opened.get() {
-            opened.pool.close().await;
+    fn latest_change(&self, table: &'static Table) -> BoxFuture<'_, Result<Position, Error>> {
+        async move { Ok(Position(self.latest(table).await?.to_string())) }.boxed()
+    }
+
+    fn changes_since<'a>(
+        &'a self,
+        table: &'static Table,
+        position: &'a Position,
+    ) -> BoxFuture<'a, Result<Changes, Error>> {
+        self.changes_since(table, position).boxed()
+    }
+
+    fn close(&self) -> BoxFuture<'_, ()> {
+        async {
+            if let Some(opened) = self.opened.get() {
+                opened.pool.close().await;
+            }
         }
+        .boxed()
+    }
+}
+
+impl Sqlite {
+    /// The catalogue that the program brings along.
+    pub(super) fn embedded(config: &config::Database) -> Self {
+        Self { config: config.clone(), url: None, opened: OnceCell::new() }
     }
 
-    pub(super) async fn rows(&self, table: &'static Table, keys: &[i64]) -> Result<Vec<Result<Row, BadRow>>, Error> {
+    /// Somebody's file.
+    pub(super) fn named(config: &config::Database, url: &Secret) -> Self {
+        Self { config: config.clone(), url: Some(url.clone()), opened: OnceCell::new() }
+    }
+
+    async fn rows(&self, table: &'static Table, keys: &[i64]) -> Result<Vec<Result<Row, BadRow>>, Error> {
         let columns: Vec<_> = table.columns.iter().map(|(name, _)| *name).collect();
         let select = format!("SELECT {}, {} FROM {}", table.key, columns.join(", "), table.name);
         let pool = &self.opened().await?.pool;
@@ -76,7 +110,7 @@ impl Sqlite {
         Ok(rows.map_err(unavailable)?.iter().map(|row| decode(table, row)).collect())
     }
 
-    pub(super) async fn latest_change(&self, table: &'static Table) -> Result<i64, Error> {
+    async fn latest(&self, table: &'static Table) -> Result<i64, Error> {
         // AUTOINCREMENT's own counter survives the pruning of rows.
         let name = format!("{}_change", table.name);
         sqlx::query_scalar("SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = ?1), 0)")
@@ -86,10 +120,17 @@ impl Sqlite {
             .map_err(unavailable)
     }
 
-    pub(super) async fn changes_since(&self, table: &'static Table, position: i64) -> Result<Changes, Error> {
-        let latest = self.latest_change(table).await?;
+    async fn changes_since(&self, table: &'static Table, position: &Position) -> Result<Changes, Error> {
+        let latest = self.latest(table).await?;
+        // What no SQLite wrote counts as before the first change, which the gap check below then finds out.
+        let position = position.0.parse::<i64>().unwrap_or(-1);
         if latest == position {
-            return Ok(Changes { keys: Vec::new(), position, overrun: false, more: false });
+            return Ok(Changes {
+                keys: Vec::new(),
+                position: Position(position.to_string()),
+                overrun: false,
+                more: false,
+            });
         }
         let sql = format!(
             "SELECT version, {} FROM {}_change WHERE version > ?1 AND version <= ?2 ORDER BY version LIMIT ?3",
@@ -108,7 +149,7 @@ impl Sqlite {
         };
         Ok(Changes {
             keys: rows.iter().map(|(_, key)| *key).collect::<BTreeSet<_>>().into_iter().collect(),
-            position: last,
+            position: Position(last.to_string()),
             // Versions are gapless, so a jump means pruned changes; a step back, another database under the same name.
             overrun: first != Some(position + 1),
             more: last < latest,
@@ -116,12 +157,12 @@ impl Sqlite {
     }
 
     async fn opened(&self) -> Result<&Opened, Error> {
-        self.opened.get_or_try_init(|| open(&self.config)).await
+        self.opened.get_or_try_init(|| open(&self.config, self.url.as_ref())).await
     }
 }
 
-async fn open(config: &config::Database) -> Result<Opened, Error> {
-    let Some(url) = &config.url else {
+async fn open(config: &config::Database, url: Option<&Secret>) -> Result<Opened, Error> {
+    let Some(url) = url else {
         let file = file_options(config, SqliteConnectOptions::new().filename(DEFAULT_FILE));
         return match create(&file.clone().create_if_missing(true)).await {
             Ok(_) => Ok(opened_file(config, file)),
@@ -207,7 +248,7 @@ fn is_unwritable(error: &sqlx::Error) -> bool {
 }
 
 fn unavailable(error: sqlx::Error) -> Error {
-    Error::Unavailable(error.to_string())
+    Error::Unavailable(super::problem(&error))
 }
 
 fn decode(table: &'static Table, row: &SqliteRow) -> Result<Row, BadRow> {
@@ -241,11 +282,8 @@ fn decode_value(row: &SqliteRow, index: usize, kind: Kind) -> Result<Option<Valu
 
 fn decimal(text: String, kind: Kind) -> Result<Value, String> {
     let Kind::Decimal(scale) = kind else { return Err("is not a decimal".to_owned()) };
-    let mut value = Decimal::from_str(&text).map_err(|_| "is not a decimal")?;
-    // What SQL Server does when a longer decimal is stored in a money column.
-    value = value.round_dp_with_strategy(scale, RoundingStrategy::MidpointAwayFromZero);
-    value.rescale(scale);
-    Ok(Value::Decimal(value))
+    let decimal = Decimal::from_str(&text).map_err(|_| "is not a decimal")?;
+    Ok(super::rescaled(decimal, scale))
 }
 
 /// `YYYY-MM-DD`, a `T` or a blank, `HH:MM:SS` with up to seven more digits; or the date alone.

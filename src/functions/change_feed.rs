@@ -5,12 +5,12 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 
 use super::App;
 use crate::{
     cache::Key,
-    database::{Changes, Error},
+    database::{Changes, Error, Position},
     product,
 };
 
@@ -23,7 +23,7 @@ pub(super) async fn follow(app: Arc<App>, interval: Duration) {
     let mut failing = false;
     loop {
         let began = Instant::now();
-        match step(&app, position).await {
+        match step(&app, position.as_ref()).await {
             Ok(changes) => {
                 position = Some(changes.position);
                 if std::mem::take(&mut failing) {
@@ -41,11 +41,12 @@ pub(super) async fn follow(app: Arc<App>, interval: Duration) {
             }
         }
         // Instances that started together must not ask together.
-        sleep(interval.mul_f64(rand::random_range(0.9..=1.0))).await;
+        let pause = interval.mul_f64(rand::random_range(0.9..=1.0));
+        app.database.wait_for_changes(&product::TABLE, pause).await;
     }
 }
 
-async fn step(app: &App, position: Option<i64>) -> Result<Changes, Error> {
+async fn step(app: &App, position: Option<&Position>) -> Result<Changes, Error> {
     let Some(position) = position else {
         // What was read into memory before there was a position may have changed since.
         let position = app.database.latest_change(&product::TABLE).await?;

@@ -4,7 +4,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -50,6 +50,7 @@ pub enum Link {
 pub struct Proxy {
     pub port: u16,
     orders: Arc<watch::Sender<(Link, Fault)>>,
+    requests: Arc<AtomicUsize>,
     task: AbortHandle,
 }
 
@@ -66,16 +67,23 @@ impl Proxy {
         let port = listener.local_addr().expect("bound").port();
         let orders = Arc::new(watch::Sender::new((Link::Every, Fault::None)));
         let new_orders = orders.clone();
+        let requests = Arc::new(AtomicUsize::new(0));
+        let counted = requests.clone();
         let task = tokio::spawn(async move {
             loop {
                 let Ok((client, _)) = listener.accept().await else { continue };
                 let orders = new_orders.subscribe();
                 if *orders.borrow() != (Link::Every, Fault::Refuse) {
-                    tokio::spawn(carry(client, SocketAddr::from(([127, 0, 0, 1], server_port)), orders));
+                    tokio::spawn(carry(
+                        client,
+                        SocketAddr::from(([127, 0, 0, 1], server_port)),
+                        orders,
+                        counted.clone(),
+                    ));
                 }
             }
         });
-        Self { port, orders, task: task.abort_handle() }
+        Self { port, orders, requests, task: task.abort_handle() }
     }
 
     pub fn set(&self, fault: Fault) {
@@ -84,6 +92,11 @@ impl Proxy {
 
     pub fn set_on(&self, link: Link, fault: Fault) {
         self.orders.send_replace((link, fault));
+    }
+
+    /// How many pieces clients have sent so far; each of them waits for an answer before the next.
+    pub fn requests(&self) -> usize {
+        self.requests.load(Ordering::SeqCst)
     }
 
     pub fn redis_url(&self) -> String {
@@ -119,7 +132,12 @@ impl Orders {
     }
 }
 
-async fn carry(client: TcpStream, server: SocketAddr, orders: watch::Receiver<(Link, Fault)>) {
+async fn carry(
+    client: TcpStream,
+    server: SocketAddr,
+    orders: watch::Receiver<(Link, Fault)>,
+    requests: Arc<AtomicUsize>,
+) {
     let Ok(server) = TcpStream::connect(server).await else { return };
     let (mut from_client, mut to_client) = client.into_split();
     let (mut from_server, mut to_server) = server.into_split();
@@ -130,6 +148,7 @@ async fn carry(client: TcpStream, server: SocketAddr, orders: watch::Receiver<(L
     let up = async {
         let mut piece = vec![0; 64 * 1024];
         while let Ok(length @ 1..) = from_client.read(&mut piece).await {
+            requests.fetch_add(1, Ordering::SeqCst);
             // XREAD, and the XREVRANGE it starts with, as commands: scripts name them too.
             let about_log = |part: &[u8]| part == b"\r\nXREAD" || part == b"\r\nXREVR";
             if piece[..length].windows(7).any(about_log) {

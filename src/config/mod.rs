@@ -4,6 +4,11 @@
 //! the values are used for beyond their type. Invariant: a `Config` exists only if every setting was valid; otherwise
 //! [`ConfigError`] names all mistakes at once, and never the value of a secret.
 
+mod ado;
+mod connection_string;
+mod keywords;
+mod server;
+
 use std::{
     collections::BTreeMap,
     fmt,
@@ -11,6 +16,8 @@ use std::{
     path::{Path, PathBuf},
     time::Duration,
 };
+
+pub use self::connection_string::{Login, Server, Source, Tls};
 
 /// One setting: what it is called, what it is when nobody sets it, and what it may be.
 pub struct Setting {
@@ -38,6 +45,7 @@ pub enum Kind {
 
 const DAY_S: u64 = 24 * 60 * 60;
 const MIB: u64 = 1024 * 1024;
+const MOST_CONNECTIONS: u64 = 1000;
 
 const fn number(name: &'static str, default: &'static str, min: u64, max: u64, meaning: &'static str) -> Setting {
     Setting { name, default, kind: Kind::Number(min, max), meaning }
@@ -50,8 +58,8 @@ const fn text(name: &'static str, default: &'static str, meaning: &'static str) 
 /// Every setting, in the order of the README's table.
 #[rustfmt::skip] // a table reads as a table
 pub const SETTINGS: &[Setting] = &[
-    Setting { name: "Sql", default: "", kind: Kind::Secret, meaning: "Database: `sqlite:<file>`. Empty: the embedded catalogue in `product-cache.db` in the working directory, or in memory where that cannot be written." },
-    Setting { name: "Redis", default: "", kind: Kind::Secret, meaning: "Redis: `redis://[user:password@]host:port`. Empty: no L2 and no invalidation log; the change feed keeps memory right." },
+    Setting { name: "Sql", default: "", kind: Kind::Secret, meaning: "Database: `sqlite:<file>`, `postgres://user:password@host/database`, `mysql://user:password@host/database`, or for SQL Server `Server=…;Database=…;User ID=…;Password=…`. May also be a connection string of the app named `Sql`. Empty: the embedded catalogue in `product-cache.db` in the working directory, or in memory where that cannot be written." },
+    Setting { name: "Redis", default: "", kind: Kind::Secret, meaning: "Redis: `redis://[user:password@]host:port`. May also be a connection string of the app named `Redis`. Empty: no L2 and no invalidation log; the change feed keeps memory right." },
 
     number("CACHE_DURATION_S", "300", 1, 30 * DAY_S, "How long an entry is fresh. Changes are told, so this only bounds what no notice covers."),
     number("CACHE_L1_DURATION_S", "", 1, 30 * DAY_S, "The same for memory alone; empty: `CACHE_DURATION_S`. An entry taken from Redis is kept no longer than it is fresh there."),
@@ -83,9 +91,11 @@ pub const SETTINGS: &[Setting] = &[
     number("REDIS_RESPONSE_TIMEOUT_MS", "250", 5, 60_000, "One answer. A healthy one takes under a millisecond; the database is the better source after 250."),
     number("REDIS_LOG_MAX_LENGTH", "100000", 100, 100_000_000, "Notices kept in the invalidation log: what a disconnected instance can catch up on (a few hundred bytes each, or as many keys as a batch has rows)."),
 
-    number("DATABASE_MAX_CONNECTIONS", "8", 1, 1000, "Bound of the one pool: 8 serve thousands of point reads a second, and 100 instances stay below 1,000 sessions."),
-    number("DATABASE_CONNECT_TIMEOUT_MS", "4000", 50, 120_000, "To open a connection or to wait for a free one: below the hard timeout, so that the message names the cause."),
-    number("FEED_INTERVAL_MS", "1000", 0, 3_600_000, "How often the database is asked what changed; 0: never (where the SQL trigger does that job)."),
+    number("DATABASE_MAX_CONNECTIONS", "8", 1, MOST_CONNECTIONS, "Bound of the one pool: 8 serve thousands of point reads a second, and 100 instances stay below 1,000 sessions. If not set, a pool size in `Sql` counts."),
+    number("DATABASE_CONNECT_TIMEOUT_MS", "4000", 50, 120_000, "To open a connection or to wait for a free one: below the hard timeout, so that the message names the cause. If not set, a connect timeout in `Sql` counts, up to four fifths of the hard timeout."),
+    number("DATABASE_CONNECTION_MAX_AGE_S", "1800", 10, DAY_S, "Age at which a connection is replaced (up to a tenth less, so that they do not end together): what a server or balancer was changed to is noticed within half an hour."),
+    Setting { name: "DATABASE_ALLOW_UNVERIFIED", default: "off", kind: Kind::Word(&["on", "off"]), meaning: "`on`: a `Sql` that turns off TLS, or the check of the server's certificate, is also accepted for other hosts than this one: whoever is between may read and change what is said, the password included." },
+    number("FEED_INTERVAL_MS", "", 0, 3_600_000, "How often the database is asked what changed; 0: never. Empty: 1000, but 0 with SQL Server and Redis under a Functions host, where the SQL trigger and the invalidation log do that job."),
 
     number("MAX_INSTANCES", "", 1, 100_000, "Instances that the plan may start; empty: the platform's `WEBSITE_MAX_DYNAMIC_APPLICATION_SCALE_OUT`, if that is set."),
     number("HTTP_PORT", "7071", 0, 65_535, "Port of a standalone start, as with `func start`; 0: any free one. Under a Functions host the host's port is used."),
@@ -101,6 +111,20 @@ pub const SETTINGS: &[Setting] = &[
 
 /// Set by the Functions host; listed so that a misspelling of one is recognised, not shown in the README.
 const HOST_NAMES: [&str; 3] = ["FUNCTIONS_CUSTOMHANDLER_PORT", "FUNCTIONS_HTTPWORKER_PORT", ROUTE_PREFIX];
+/// Where a connection string is looked for besides its own name, the names that tell its engine first: App Service
+/// puts its type in front, and .NET's configuration its section, where `__` stands for `:` in environment variables.
+const SQL_PREFIXES: &[&str] = &[
+    "POSTGRESQLCONNSTR_",
+    "MYSQLCONNSTR_",
+    "SQLAZURECONNSTR_",
+    "SQLCONNSTR_",
+    "CUSTOMCONNSTR_",
+    SECTION,
+    SECTION_COLON,
+];
+const REDIS_PREFIXES: &[&str] = &["REDISCACHECONNSTR_", "CUSTOMCONNSTR_", SECTION, SECTION_COLON];
+const SECTION: &str = "ConnectionStrings__";
+const SECTION_COLON: &str = "ConnectionStrings:";
 const ROUTE_PREFIX: &str = "AzureFunctionsJobHost__extensions__http__routePrefix";
 
 /// Who started the process.
@@ -250,14 +274,29 @@ impl Redis {
 /// The database.
 #[derive(Clone, Debug)]
 pub struct Database {
-    /// Connection string; `None`: the embedded catalogue.
-    pub url: Option<Secret>,
+    /// Which one, and how to reach it.
+    pub source: Source,
     /// Bound of the pool.
     pub max_connections: u32,
     /// To open a connection, and to wait for one.
     pub connect_timeout: Duration,
+    /// Bound of one query.
+    pub query_timeout: Duration,
+    /// Age at which a connection is replaced.
+    pub max_age: Duration,
+    /// Where the platform gives out tokens of the app's managed identity.
+    pub identity: Option<IdentityEndpoint>,
     /// How often the change feed is read; `None`: never.
     pub feed_interval: Option<Duration>,
+}
+
+/// The App Service identity endpoint (`IDENTITY_ENDPOINT`, `IDENTITY_HEADER`), as the platform sets it.
+#[derive(Clone, Debug)]
+pub struct IdentityEndpoint {
+    /// An `http:` URL on this machine.
+    pub url: String,
+    /// What the endpoint wants to see in the header `X-IDENTITY-HEADER`.
+    pub header: Secret,
 }
 
 /// Why there is no [`Config`]: every mistake, in the order of the table.
@@ -311,8 +350,11 @@ impl Config {
         read.find_misspelled();
         let duration_s = read.number("CACHE_DURATION_S");
         let host_port = port_name(variables);
+        let role = if host_port.is_some() { Role::Handler } else { Role::Standalone };
+        let redis = read.redis();
+        let database = read.database(role, redis.as_ref());
         let config = Self {
-            role: if host_port.is_some() { Role::Handler } else { Role::Standalone },
+            role,
             http: Http {
                 port: read.port(host_port),
                 route_prefix: read.route_prefix(),
@@ -342,7 +384,7 @@ impl Config {
                 hard_timeout: read.millis("CACHE_HARD_TIMEOUT_MS"),
                 eager_factor: read.number("CACHE_EAGER_FACTOR") as u32,
                 loads_max: match read.number("CACHE_LOADS_MAX") {
-                    0 => read.number("DATABASE_MAX_CONNECTIONS") as usize,
+                    0 => database.max_connections as usize,
                     loads => loads as usize,
                 },
                 loads_queued_max: read.number("CACHE_LOADS_QUEUED_MAX") as usize,
@@ -351,13 +393,8 @@ impl Config {
                 lease: read.millis("CACHE_LEASE_MS"),
                 lease_wait: read.millis("CACHE_LEASE_WAIT_MS"),
             },
-            redis: read.redis(),
-            database: Database {
-                url: read.database_url(),
-                max_connections: read.number("DATABASE_MAX_CONNECTIONS") as u32,
-                connect_timeout: read.millis("DATABASE_CONNECT_TIMEOUT_MS"),
-                feed_interval: Some(read.millis("FEED_INTERVAL_MS")).filter(|interval| !interval.is_zero()),
-            },
+            redis,
+            database,
             log_level: read.text("LOG_LEVEL").to_ascii_lowercase(),
         };
         read.check_together(&config);
@@ -451,7 +488,7 @@ impl Reader<'_> {
     }
 
     fn redis(&mut self) -> Option<Redis> {
-        let url = self.text("Redis");
+        let (name, url) = self.connection_string("Redis", REDIS_PREFIXES);
         let frugal = self.text("REDIS_FRUGAL").eq_ignore_ascii_case("on");
         let (pool_size, poll) = (self.number("REDIS_POOL_SIZE") as usize, self.millis("REDIS_FRUGAL_POLL_MS"));
         let redis = Redis {
@@ -473,29 +510,99 @@ impl Reader<'_> {
         // A parser's message may quote the password, so only the form is told.
         let form = url::Url::parse(&url).ok().filter(|url| url.scheme() == "redis" && url.host().is_some());
         match form.as_ref().map(url::Url::path) {
-            None => self.mistakes.push("Redis is not of the form redis://[user:password@]host:port".to_owned()),
+            None => self.mistakes.push(format!("{name} is not of the form redis://[user:password@]host:port")),
             Some("" | "/" | "/0") => {}
-            Some(_) => self.mistakes.push("Redis names a database other than 0, which clusters do not have".to_owned()),
+            Some(_) => self.mistakes.push(format!("{name} names a database other than 0, which clusters do not have")),
         }
         Some(redis)
     }
 
-    fn database_url(&mut self) -> Option<Secret> {
-        let url = self.text("Sql");
-        if url.is_empty() {
-            return None;
-        }
-        match url.strip_prefix("sqlite:").map(|file| file.trim_start_matches('/')) {
-            None | Some("") => {
-                self.mistakes.push("Sql is not of the form sqlite:<file>, the only engine there is today".to_owned());
+    /// A connection string and the name it was found under. Two that are there must be equal.
+    fn connection_string(&mut self, name: &'static str, prefixes: &[&str]) -> (String, String) {
+        let mut found: Option<(String, &str)> = None;
+        for other in connection_string_names(name, prefixes) {
+            let text = self.variables.get(&other).map_or("", |text| text.trim());
+            match &found {
+                _ if text.is_empty() => {}
+                None => found = Some((other, text)),
+                Some((_, same)) if *same == text => {}
+                Some((first, _)) => {
+                    self.mistakes.push(format!("{first} and {other} are different connection strings; set only one"));
+                }
             }
-            // Each connection would have a database of its own.
-            Some(file) if file.starts_with(":memory:") || file.contains("mode=memory") => {
-                self.mistakes.push("Sql names a database in memory; leave it empty for the embedded one".to_owned());
-            }
-            Some(_) => {}
         }
-        Some(Secret(url))
+        found.map_or_else(|| (name.to_owned(), String::new()), |(name, text)| (name, text.to_owned()))
+    }
+
+    fn source(&mut self) -> Source {
+        let (name, text) = self.connection_string("Sql", SQL_PREFIXES);
+        let source = connection_string::parse(&name, &text).unwrap_or_else(|mistakes| {
+            self.mistakes.extend(mistakes.into_iter().map(|mistake| format!("{name}: {mistake}")));
+            Source::Embedded
+        });
+        let allowed = self.text("DATABASE_ALLOW_UNVERIFIED").eq_ignore_ascii_case("on");
+        if let Some(server) = source.server().filter(|server| !allowed && !server.is_local()) {
+            let lacking = match server.tls {
+                Tls::Off => "would not be encrypted",
+                Tls::Unverified => "would accept any certificate",
+                Tls::Verified { .. } => return source,
+            };
+            self.mistakes.push(format!(
+                "{name}: the connection to {} {lacking}; ask for encryption and verification there, or set \
+                 DATABASE_ALLOW_UNVERIFIED=on",
+                server.host
+            ));
+        }
+        source
+    }
+
+    fn database(&mut self, role: Role, redis: Option<&Redis>) -> Database {
+        let source = self.source();
+        let query_timeout = self.millis("CACHE_HARD_TIMEOUT_MS");
+        let is_set = |name: &str| self.variables.get(name).is_some_and(|text| !text.trim().is_empty());
+        // Azure's portal writes 30 s into every string. A load is given up long before, and the message should say
+        // that it was the connection that took too long.
+        let said =
+            source.server().and_then(|server| server.connect_timeout).map(|said| said.min(query_timeout * 4 / 5));
+        let connect_timeout = said.filter(|_| !is_set("DATABASE_CONNECT_TIMEOUT_MS"));
+        let said =
+            source.server().and_then(|server| server.max_connections).map(|said| said.min(MOST_CONNECTIONS as u32));
+        let max_connections = said.filter(|_| !is_set("DATABASE_MAX_CONNECTIONS"));
+        let trigger = role == Role::Handler && redis.is_some() && matches!(source, Source::SqlServer(_));
+        let feed_ms = self.number_or("FEED_INTERVAL_MS", if trigger { 0 } else { 1000 });
+        Database {
+            max_connections: max_connections.unwrap_or(self.number("DATABASE_MAX_CONNECTIONS") as u32),
+            connect_timeout: connect_timeout.unwrap_or(self.millis("DATABASE_CONNECT_TIMEOUT_MS")),
+            query_timeout,
+            max_age: self.seconds("DATABASE_CONNECTION_MAX_AGE_S"),
+            identity: self.identity(&source),
+            feed_interval: (feed_ms > 0).then(|| Duration::from_millis(feed_ms)),
+            source,
+        }
+    }
+
+    /// The platform sets both variables where the app has an identity; only who needs one can miss them.
+    fn identity(&mut self, source: &Source) -> Option<IdentityEndpoint> {
+        let variable = |name: &str| self.variables.get(name).map(|text| text.trim()).filter(|text| !text.is_empty());
+        let is_http = |url: &&str| url::Url::parse(url).is_ok_and(|url| url.scheme() == "http" && url.has_host());
+        let (url, header) = (variable("IDENTITY_ENDPOINT"), variable("IDENTITY_HEADER"));
+        let is_needed = source.server().is_some_and(|server| matches!(server.login, Login::ManagedIdentity { .. }));
+        match (url.filter(is_http), header) {
+            (Some(url), Some(header)) => Some(IdentityEndpoint { url: url.to_owned(), header: header.into() }),
+            (None, Some(_)) if is_needed && url.is_some() => {
+                self.mistakes.push("IDENTITY_ENDPOINT is not an http: URL".to_owned());
+                None
+            }
+            _ if is_needed => {
+                self.mistakes.push(
+                    "the database is to be opened with a managed identity, and IDENTITY_ENDPOINT and IDENTITY_HEADER, \
+                     which the platform sets where the app has one, are missing"
+                        .to_owned(),
+                );
+                None
+            }
+            _ => None,
+        }
     }
 
     /// Whether all instances together stay within what the Redis tier allows.
@@ -565,7 +672,15 @@ impl Reader<'_> {
 }
 
 fn is_known(name: &str) -> bool {
-    HOST_NAMES.contains(&name) || SETTINGS.iter().any(|setting| setting.name == name)
+    HOST_NAMES.contains(&name)
+        || SETTINGS.iter().any(|setting| setting.name == name)
+        || connection_string_names("Sql", SQL_PREFIXES).any(|known| known == name)
+        || connection_string_names("Redis", REDIS_PREFIXES).any(|known| known == name)
+}
+
+/// Every name a connection string may have.
+fn connection_string_names(name: &str, prefixes: &[&str]) -> impl Iterator<Item = String> {
+    prefixes.iter().copied().chain([""]).map(move |prefix| format!("{prefix}{name}"))
 }
 
 /// The variable by which a Functions host gives the port, if one does; the newer name wins.
@@ -573,14 +688,41 @@ fn port_name(variables: &BTreeMap<String, String>) -> Option<&'static str> {
     HOST_NAMES[..2].iter().find(|name| variables.contains_key(**name)).copied()
 }
 
-/// The `Values` of a `local.settings.json`; empty if there is no such file.
+/// The `Values` of a `local.settings.json` and its connection strings, as the variables that Core Tools makes of them;
+/// empty if there is no such file.
 fn local_settings(path: &Path) -> Result<BTreeMap<String, String>, String> {
     let Some(mut json) = read_json(path)? else { return Ok(BTreeMap::new()) };
     if json.get("IsEncrypted") != Some(&serde_json::Value::Bool(false)) {
         return Err(format!("{}: \"IsEncrypted\" must be false (a missing one means true)", path.display()));
     }
-    let Some(values) = json.get_mut("Values").map(serde_json::Value::take) else { return Ok(BTreeMap::new()) };
-    serde_json::from_value(values).map_err(|_| format!("{}: \"Values\" must be an object of strings", path.display()))
+    let connection_strings = json.get_mut("ConnectionStrings").map(serde_json::Value::take);
+    let mut values: BTreeMap<String, String> = match json.get_mut("Values").map(serde_json::Value::take) {
+        None => BTreeMap::new(),
+        Some(values) => serde_json::from_value(values)
+            .map_err(|_| format!("{}: \"Values\" must be an object of strings", path.display()))?,
+    };
+    let Some(connection_strings) = connection_strings else { return Ok(values) };
+    let strings: BTreeMap<String, ConnectionString> = serde_json::from_value(connection_strings).map_err(|_| {
+        format!(
+            "{}: \"ConnectionStrings\" must be an object of strings, or of objects with \"ConnectionString\"",
+            path.display()
+        )
+    })?;
+    for (name, ConnectionString::Plain(text) | ConnectionString::WithProvider { text }) in strings {
+        values.insert(format!("{SECTION_COLON}{name}"), text);
+    }
+    Ok(values)
+}
+
+/// An entry of `ConnectionStrings` in a `local.settings.json`.
+#[derive(serde::Deserialize)]
+#[serde(untagged)]
+enum ConnectionString {
+    Plain(String),
+    WithProvider {
+        #[serde(rename = "ConnectionString")]
+        text: String,
+    },
 }
 
 /// `extensions.http.routePrefix` of a host.json, so that the prefix is written down once.
@@ -621,7 +763,7 @@ mod tests {
         assert_eq!(config.role, Role::Standalone);
         assert_eq!((config.http.port, config.http.route_prefix.as_str()), (7071, "api"));
         assert_eq!(config.cache.l1_duration, Duration::from_secs(300));
-        assert!(config.redis.is_none() && config.database.url.is_none());
+        assert!(config.redis.is_none() && config.database.source == Source::Embedded);
     }
 
     #[test]
@@ -657,7 +799,7 @@ mod tests {
             ("HTTP_CACHE_CONTROL", "no\ncache"),
             ("LOG_LEVEL", "loud"),
             ("Redis", "hunter2@nowhere"),
-            ("Sql", "Server=x;Password=hunter2"),
+            ("Sql", "Server:x;Password=hunter2"),
             ("REDIS_PREFIX", "a b"),
         ])
         .expect_err("ten mistakes");
@@ -671,7 +813,7 @@ mod tests {
             "HTTP_CACHE_CONTROL has characters",
             "LOG_LEVEL is \"loud\"",
             "Redis is not of the form",
-            "Sql is not of the form",
+            "Sql: it is none of",
             "REDIS_PREFIX has blanks",
         ] {
             assert!(message.contains(name), "{name} is missing in: {message}");
@@ -702,6 +844,98 @@ mod tests {
         assert!(!format!("{config:?}").contains("hunter2"));
     }
 
+    const SQL_SERVER: &str = "Server=h;Database=db;User ID=me;Password=hunter2";
+
+    #[test]
+    fn a_connection_string_is_found_under_each_of_its_names() {
+        for prefix in SQL_PREFIXES {
+            let text = if prefix.starts_with("MYSQL") {
+                "Server=h;Database=db;UID=me"
+            } else {
+                "Server=h;Database=db;User ID=me"
+            };
+            let config = parse(&[(&format!("{prefix}Sql"), text), ("Sql", " ")]).expect("valid");
+            assert!(config.database.source.server().is_some_and(|server| server.host == "h"), "{prefix}");
+        }
+        for prefix in REDIS_PREFIXES {
+            assert!(parse(&[(&format!("{prefix}Redis"), "redis://h:1")]).expect("valid").redis.is_some(), "{prefix}");
+        }
+        let same = [("Sql", SQL_SERVER), ("SQLCONNSTR_Sql", SQL_SERVER)];
+        assert!(parse(&same).is_ok());
+        let error = parse(&[same[0], ("ConnectionStrings__Sql", "sqlite:hunter2")]).expect_err("two").to_string();
+        assert!(error.contains("ConnectionStrings__Sql and Sql are different connection strings"), "{error}");
+        let error = parse(&[("CUSTOMCONNSTR_Redis", "hunter2"), ("SQLAZURECONNSTR_Sql", "hunter2")]).expect_err("two");
+        let [redis, sql] = &error.mistakes[..] else { panic!("{error}") };
+        assert!(redis.starts_with("CUSTOMCONNSTR_Redis is not") && sql.starts_with("SQLAZURECONNSTR_Sql: "), "{error}");
+        assert!(!error.to_string().contains("hunter2"), "{error}");
+    }
+
+    #[test]
+    fn a_server_elsewhere_must_be_verified_unless_told_otherwise() {
+        let allowed = ("DATABASE_ALLOW_UNVERIFIED", "ON");
+        for (text, is_refused) in [
+            ("Server=h;Database=db;User ID=me;Encrypt=False", Some("h would not be encrypted")),
+            ("Server=h;Database=db;User ID=me;TrustServerCertificate=True", Some("h would accept any certificate")),
+            ("Server=127.9.9.9;Database=db;User ID=me;Encrypt=False", None),
+            ("Server=.;Database=db;User ID=me;TrustServerCertificate=True", None),
+            ("Server=::1;Database=db;User ID=me;Encrypt=False", None),
+            ("mysql://me@h/db?ssl-mode=PREFERRED", Some("h would accept any certificate")),
+            ("postgres://me@h/db?sslmode=disable", Some("h would not be encrypted")),
+            ("postgres://me@h/db", None),
+        ] {
+            let error = parse(&[("Sql", text)]).err().map(|error| error.to_string()).unwrap_or_default();
+            assert_eq!(error.contains(is_refused.unwrap_or("wrong")), is_refused.is_some(), "{text}: {error}");
+            assert!(parse(&[("Sql", text), allowed]).is_ok(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_managed_identity_needs_the_platforms_endpoint() {
+        let sql = ("Sql", "Server=h;Database=db;Authentication=Active Directory Managed Identity");
+        let (url, header) =
+            (("IDENTITY_ENDPOINT", "http://169.254.1.2:8081/msi/token"), ("IDENTITY_HEADER", "hunter2"));
+        let config = parse(&[sql, url, header]).expect("valid");
+        assert_eq!(config.database.identity.as_ref().map(|identity| identity.url.as_str()), Some(url.1));
+        assert!(!format!("{config:?}").contains("hunter2"));
+        assert!(parse(&[sql, url]).expect_err("no header").to_string().contains("IDENTITY_HEADER"));
+        let wrong = ("IDENTITY_ENDPOINT", "https://example.com/");
+        assert!(parse(&[sql, wrong, header]).expect_err("https").to_string().contains("is not an http: URL"));
+        assert!(parse(&[wrong, header]).is_ok(), "nobody needs it");
+    }
+
+    #[test]
+    fn limits_of_the_string_count_where_no_setting_says_otherwise() {
+        let limits = |pairs: &[(&str, &str)]| {
+            let config = parse(pairs).expect("valid");
+            let database = config.database;
+            (database.connect_timeout.as_millis(), database.max_connections, config.cache.loads_max)
+        };
+        let said = ("Sql", "Server=h;Database=db;User ID=me;Connect Timeout=2;Max Pool Size=20");
+        assert_eq!(limits(&[]), (4000, 8, 8));
+        assert_eq!(limits(&[said]), (2000, 20, 20));
+        assert_eq!(limits(&[said, ("CACHE_LOADS_MAX", "3")]), (2000, 20, 3));
+        assert_eq!(
+            limits(&[said, ("DATABASE_CONNECT_TIMEOUT_MS", "300"), ("DATABASE_MAX_CONNECTIONS", "5")]),
+            (300, 5, 5)
+        );
+        let much = ("Sql", "Server=h;Database=db;User ID=me;Connect Timeout=30;Max Pool Size=5000");
+        assert_eq!(limits(&[much]), (4000, 1000, 1000), "below the hard timeout, and no more than the setting takes");
+    }
+
+    #[test]
+    fn the_change_feed_rests_only_where_trigger_and_log_do_its_job() {
+        let (sql, redis) = (("Sql", SQL_SERVER), ("Redis", "redis://h:1"));
+        let handler = ("FUNCTIONS_CUSTOMHANDLER_PORT", "4001");
+        let interval = |pairs: &[(&str, &str)]| parse(pairs).expect("valid").database.feed_interval;
+        let second = Some(Duration::from_secs(1));
+        assert_eq!(interval(&[sql, redis, handler]), None);
+        assert_eq!(interval(&[sql, redis, handler, ("FEED_INTERVAL_MS", "500")]), Some(Duration::from_millis(500)));
+        assert_eq!(interval(&[sql, redis]), second, "standalone: no trigger");
+        assert_eq!(interval(&[sql, handler]), second, "no log");
+        assert_eq!(interval(&[("Sql", "postgres://me@h/db"), redis, handler]), second, "no trigger for it");
+        assert_eq!(interval(&[("FEED_INTERVAL_MS", "0")]), None);
+    }
+
     #[test]
     fn local_settings_are_read_as_core_tools_reads_them() {
         let folder = tempfile::tempdir().expect("a folder");
@@ -714,6 +948,14 @@ mod tests {
         assert_eq!(values["Sql"], "sqlite:a");
         assert!(read("{\"Values\": {}}").expect_err("encrypted").contains("IsEncrypted"));
         assert!(read("{\"IsEncrypted\": false, \"Values\": {\"A\": 1}}").expect_err("number").contains("strings"));
+        let values = read(
+            "{\"IsEncrypted\": false, \"ConnectionStrings\": {\"Sql\": \"sqlite:a\", \
+             \"Redis\": {\"ConnectionString\": \"redis://h\", \"ProviderName\": \"x\"}}}",
+        );
+        let values = values.expect("valid");
+        assert_eq!((&*values["ConnectionStrings:Sql"], &*values["ConnectionStrings:Redis"]), ("sqlite:a", "redis://h"));
+        let wrong = read("{\"IsEncrypted\": false, \"ConnectionStrings\": {\"Sql\": 1}}");
+        assert!(wrong.expect_err("number").contains("ConnectionStrings"));
         assert!(read("{").expect_err("cut").contains("not JSON: line 1"));
         std::fs::remove_file(&path).expect("removed");
         assert!(local_settings(&path).expect("no file is fine").is_empty());

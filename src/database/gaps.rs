@@ -1,0 +1,212 @@
+//! Which versions of a change table were not there when higher ones were read.
+//!
+//! For engines that number a change when it is written and not when it is committed. Knows no SQL. Invariant: a version
+//! up to the highest is seen, or within a gap, or was settled by a caller who asked the engine twice.
+
+use std::{collections::BTreeSet, fmt, ops::RangeInclusive, str::FromStr};
+
+/// Looks that a gap is given before the engine is asked whether anybody still holds it: commits take less than that.
+const LOOKS: u32 = 5;
+/// With more gaps, those noticed together become one; what was seen between them is then read again.
+const MAX: usize = 64;
+
+/// As text: `<highest>`, then ` <from>-<to>*<looks>` for each gap.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Gaps {
+    highest: i64,
+    /// In order, apart from each other.
+    missing: Vec<Gap>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Gap {
+    versions: RangeInclusive<i64>,
+    /// How often it was looked at since it was noticed.
+    looks: u32,
+}
+
+impl Gaps {
+    /// From a table that holds these versions, and no others between the first that ever was and the highest.
+    pub(super) fn begin(versions: &BTreeSet<i64>) -> Self {
+        let mut gaps = Self { highest: 0, missing: Vec::new() };
+        gaps.seen(versions);
+        gaps
+    }
+
+    /// The highest version read.
+    pub(super) fn highest(&self) -> i64 {
+        self.highest
+    }
+
+    /// What is missing below it.
+    pub(super) fn missing(&self) -> Vec<RangeInclusive<i64>> {
+        self.missing.iter().map(|gap| gap.versions.clone()).collect()
+    }
+
+    /// Takes note of versions that were read, be they in gaps or above the highest.
+    pub(super) fn seen(&mut self, versions: &BTreeSet<i64>) {
+        for gap in std::mem::take(&mut self.missing) {
+            let looks = gap.looks;
+            let (mut from, to) = gap.versions.into_inner();
+            for version in versions.range(from..=to) {
+                self.add(from..=version - 1, looks);
+                from = version + 1;
+            }
+            self.add(from..=to, looks);
+        }
+        for version in versions.range(self.highest + 1..) {
+            self.add(self.highest + 1..=version - 1, 0);
+            self.highest = *version;
+        }
+        if self.missing.len() > MAX {
+            self.missing.dedup_by(|gap, before| {
+                let together = gap.looks == before.looks;
+                if together {
+                    before.versions = *before.versions.start()..=*gap.versions.end();
+                }
+                together
+            });
+        }
+    }
+
+    fn add(&mut self, versions: RangeInclusive<i64>, looks: u32) {
+        if !versions.is_empty() {
+            self.missing.push(Gap { versions, looks });
+        }
+    }
+
+    /// Counts a look at every gap, and says which have been open for so long that the engine should be asked.
+    pub(super) fn look(&mut self) -> Vec<RangeInclusive<i64>> {
+        let mut due = Vec::new();
+        for gap in &mut self.missing {
+            gap.looks += 1;
+            if gap.looks.is_multiple_of(LOOKS) {
+                due.push(gap.versions.clone());
+            }
+        }
+        due
+    }
+
+    /// The engine says that nobody holds any of those that were due. The second time it is believed: a version is taken
+    /// a moment before its row is written and held.
+    pub(super) fn nobody_holds(&mut self) {
+        self.missing.retain(|gap| !gap.looks.is_multiple_of(LOOKS) || gap.looks < 2 * LOOKS);
+    }
+}
+
+impl fmt::Display for Gaps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.highest)?;
+        self.missing
+            .iter()
+            .try_for_each(|gap| write!(f, " {}-{}*{}", gap.versions.start(), gap.versions.end(), gap.looks))
+    }
+}
+
+impl FromStr for Gaps {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let mut parts = text.split(' ');
+        let highest = parts.next().and_then(|highest| highest.parse().ok()).ok_or(())?;
+        let gap = |part: &str| {
+            let (versions, looks) = part.split_once('*')?;
+            let (from, to) = versions.split_once('-')?;
+            Some(Gap { versions: from.parse().ok()?..=to.parse().ok()?, looks: looks.parse().ok()? })
+        };
+        Ok(Self { highest, missing: parts.map(gap).collect::<Option<_>>().ok_or(())? })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, prelude::*};
+
+    use super::*;
+
+    fn set(versions: impl IntoIterator<Item = i64>) -> BTreeSet<i64> {
+        versions.into_iter().collect()
+    }
+
+    #[test]
+    fn a_gap_closes_when_its_version_appears() {
+        let mut gaps = Gaps::begin(&set([1, 2, 5]));
+        assert_eq!(gaps.to_string(), "5 3-4*0");
+        gaps.seen(&set([4]));
+        assert_eq!(gaps.missing(), [3..=3]);
+        gaps.seen(&set([3, 6]));
+        assert_eq!(gaps.to_string(), "6");
+    }
+
+    #[test]
+    fn a_gap_is_forgotten_when_nobody_held_it_twice() {
+        let mut gaps = Gaps::begin(&set([2]));
+        let asked: Vec<_> = (1..=2 * LOOKS)
+            .filter(|_| {
+                let due = !gaps.look().is_empty();
+                if due {
+                    gaps.nobody_holds();
+                }
+                due
+            })
+            .collect();
+        assert_eq!(asked, [LOOKS, 2 * LOOKS]);
+        assert_eq!(gaps.missing(), []);
+    }
+
+    #[test]
+    fn a_gap_that_is_held_stays_for_as_long_as_it_takes() {
+        let mut gaps = Gaps::begin(&set([2]));
+        for _ in 0..1000 {
+            gaps.look();
+        }
+        assert_eq!(gaps.missing(), [1..=1]);
+    }
+
+    #[test]
+    fn more_gaps_than_are_kept_become_few_wide_ones() {
+        let gaps = Gaps::begin(&set((0..10_000).map(|version| version * 3)));
+        assert_eq!(gaps.missing(), [1..=29_996]);
+    }
+
+    proptest! {
+        // However transactions of any length overlap, and whichever of them are rolled back, every version that is
+        // ever committed is asked for once it is there.
+        #[test]
+        fn no_commit_is_skipped(
+            transactions in vec((1..4_i64, 0..40_usize, 0..60_usize, any::<bool>()), 1..60),
+            seen_before in 0..50_i64,
+        ) {
+            let mut next = seen_before;
+            let mut opened: Vec<_> = transactions.iter().map(|(versions, begin, lasts, commits)| (*begin, begin + lasts, *versions, *commits)).collect();
+            opened.sort_by_key(|transaction| transaction.0);
+            let opened: Vec<_> = opened.into_iter().map(|(begin, end, versions, commits)| {
+                let taken = next + 1..=next + versions;
+                next += versions;
+                (begin, end, taken, commits)
+            }).collect();
+            let mut gaps = Gaps::begin(&(1..=seen_before).collect());
+            let mut delivered = BTreeSet::new();
+            for now in 0..200 {
+                gaps = gaps.to_string().parse().expect("its own text");
+                let visible: BTreeSet<i64> = opened.iter().filter(|(_, end, _, commits)| *commits && *end <= now)
+                    .flat_map(|(_, _, taken, _)| taken.clone()).collect();
+                let missing = gaps.missing();
+                let found: BTreeSet<_> = visible.iter().copied()
+                    .filter(|version| *version > gaps.highest() || missing.iter().any(|gap| gap.contains(version))).collect();
+                delivered.extend(found.iter().copied());
+                gaps.seen(&found);
+                let due = gaps.look();
+                let held = opened.iter().any(|(begin, end, taken, _)| *begin <= now && now < *end
+                    && due.iter().any(|gap| taken.clone().any(|version| gap.contains(&version))));
+                if !held && !due.is_empty() {
+                    gaps.nobody_holds();
+                }
+            }
+            let committed: BTreeSet<i64> = opened.iter().filter(|transaction| transaction.3)
+                .flat_map(|(_, _, taken, _)| taken.clone()).collect();
+            prop_assert_eq!(delivered, committed);
+            prop_assert_eq!(gaps.missing(), Vec::new());
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! The change feed: every committed change is told, whatever the order of commits, and what cannot be told is said.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use futures_util::future::join_all;
+use product_cache::{
+    database::{Database, Position},
+    product::TABLE,
+};
+use tokio::time::{sleep, timeout};
+
+use super::{database, for_every_engine, for_every_server};
+use crate::support::{
+    PATIENCE,
+    database::{DatabaseServer, Engine},
+};
+
+for_every_engine![
+    each_change_is_told_once,
+    what_is_not_committed_is_not_told,
+    many_changes_come_in_pages,
+    a_position_can_be_written_down_and_read_by_another_process,
+    whoever_stands_before_what_was_pruned_is_told_that_everything_may_have_changed,
+    a_position_of_some_other_database_means_that_everything_may_have_changed,
+];
+for_every_server![
+    a_commit_is_told_though_a_later_change_was_committed_before_it,
+    a_transaction_that_stays_open_for_long_is_told_when_it_commits,
+    a_rolled_back_change_is_forgotten,
+    no_change_of_concurrent_writers_is_skipped,
+];
+
+/// Reads the feed as the handler does.
+struct Reader {
+    database: Database,
+    position: Position,
+}
+
+impl Reader {
+    async fn new(server: &DatabaseServer) -> Self {
+        let database = database(&server.url(), &[]);
+        let position = database.latest_change(&TABLE).await.unwrap();
+        Self { database, position }
+    }
+
+    /// Everything that is told now; `None`: anything may have changed.
+    async fn told(&mut self) -> Option<Vec<i64>> {
+        let mut keys = BTreeSet::new();
+        loop {
+            let changes = self.database.changes_since(&TABLE, &self.position).await.unwrap();
+            self.position = changes.position;
+            if changes.overrun {
+                return None;
+            }
+            keys.extend(changes.keys);
+            if !changes.more {
+                return Some(keys.into_iter().collect());
+            }
+        }
+    }
+}
+
+fn rename(id: i64) -> String {
+    format!("UPDATE product SET Name = concat(Name, '!') WHERE ProductID = {id}")
+}
+
+async fn each_change_is_told_once(engine: Engine) {
+    let server = DatabaseServer::start(engine).await;
+    let mut reader = Reader::new(&server).await;
+    assert_eq!(reader.told().await, Some(vec![]));
+    let copy = "SELECT 5001, Name, 'new', Color, StandardCost, ListPrice, Size, Weight, ProductCategoryID, ProductModelID, \
+        SellStartDate, SellEndDate, DiscontinuedDate, ThumbNailPhoto, ThumbnailPhotoFileName, rowguid, ModifiedDate \
+        FROM product WHERE ProductID = 680";
+    for (change, told) in [
+        ("UPDATE product SET Color = 'Red' WHERE ProductID = 680", vec![680]),
+        ("UPDATE product SET Color = 'Red' WHERE ProductID IN (706, 707)", vec![706, 707]),
+        ("UPDATE product SET Color = 'Red' WHERE ProductID = 1", vec![]),
+        (&format!("INSERT INTO product {copy}"), vec![5001]),
+        ("UPDATE product SET ProductID = 5002 WHERE ProductID = 5001", vec![5001, 5002]),
+        ("DELETE FROM product WHERE ProductID = 5002", vec![5002]),
+    ] {
+        server.sql(change).await;
+        assert_eq!(reader.told().await, Some(told), "{change}");
+        assert_eq!(reader.told().await, Some(vec![]), "{change}: again");
+    }
+}
+
+async fn what_is_not_committed_is_not_told(engine: Engine) {
+    let server = DatabaseServer::start(engine).await;
+    let mut reader = Reader::new(&server).await;
+    let mut writer = server.session().await;
+    writer.sql("BEGIN").await;
+    writer.sql("UPDATE product SET Color = 'Red' WHERE ProductID = 680").await;
+    assert_eq!(reader.told().await, Some(vec![]));
+    writer.sql("COMMIT").await;
+    assert_eq!(reader.told().await, Some(vec![680]));
+}
+
+async fn many_changes_come_in_pages(engine: Engine) {
+    let server = DatabaseServer::start(engine).await;
+    let mut reader = Reader::new(&server).await;
+    let mut writer = server.session().await;
+    writer.sql("BEGIN").await;
+    for color in 0..40 {
+        writer.sql(&format!("UPDATE product SET Color = 'Red {color}'")).await;
+    }
+    writer.sql("COMMIT").await;
+    let page = reader.database.changes_since(&TABLE, &reader.position).await.unwrap();
+    assert!(page.more && !page.overrun, "{} keys", page.keys.len());
+    // What is committed between two pages is told as well.
+    server.sql("DELETE FROM product WHERE ProductID = 680").await;
+    let mut told: BTreeSet<_> = page.keys.into_iter().collect();
+    reader.position = page.position;
+    told.extend(reader.told().await.unwrap());
+    told.extend(reader.told().await.unwrap());
+    assert_eq!(told.len(), 298);
+    assert_eq!(reader.told().await, Some(vec![]));
+}
+
+async fn a_position_can_be_written_down_and_read_by_another_process(engine: Engine) {
+    let server = DatabaseServer::start(engine).await;
+    let before = Reader::new(&server).await;
+    server.sql("UPDATE product SET Color = 'Red' WHERE ProductID = 680").await;
+    let position = before.position.to_string();
+    drop(before);
+    let mut after = Reader { database: database(&server.url(), &[]), position: position.into() };
+    assert_eq!(after.told().await, Some(vec![680]));
+}
+
+async fn whoever_stands_before_what_was_pruned_is_told_that_everything_may_have_changed(engine: Engine) {
+    let server = DatabaseServer::start(engine).await;
+    let mut late = Reader::new(&server).await;
+    let mut prompt = Reader::new(&server).await;
+    match engine {
+        // It keeps the newest hundred thousand changes.
+        Engine::MariaDb => {
+            let mut writer = server.session().await;
+            for _ in 0..2 {
+                writer.sql("BEGIN").await;
+                for color in 0..200 {
+                    writer.sql(&format!("UPDATE product SET Color = 'Red {color}'")).await;
+                }
+                writer.sql("COMMIT").await;
+                assert_eq!(prompt.told().await.map(|keys| keys.len()), Some(298));
+            }
+        }
+        Engine::Sqlite | Engine::Postgres => {
+            for id in [680, 706, 707] {
+                server.sql(&format!("UPDATE product SET Color = 'Red' WHERE ProductID = {id}")).await;
+            }
+            assert_eq!(prompt.told().await, Some(vec![680, 706, 707]));
+            let prune = match engine {
+                Engine::Postgres => "SELECT product_change_prune(interval '0')",
+                _ => "DELETE FROM product_change WHERE version <= 2",
+            };
+            server.sql(prune).await;
+        }
+    }
+    server.sql("UPDATE product SET Color = 'Red' WHERE ProductID = 708").await;
+    assert_eq!(prompt.told().await, Some(vec![708]), "who has read what was pruned has missed nothing");
+    assert_eq!(late.told().await, None);
+    assert_eq!(late.told().await, Some(vec![]));
+    server.sql("UPDATE product SET Color = 'Red' WHERE ProductID = 709").await;
+    assert_eq!(late.told().await, Some(vec![709]));
+}
+
+async fn a_position_of_some_other_database_means_that_everything_may_have_changed(engine: Engine) {
+    let server = DatabaseServer::start(engine).await;
+    let other = DatabaseServer::start(engine).await;
+    for _ in 0..3 {
+        other.sql("UPDATE product SET Color = 'Red' WHERE ProductID = 680").await;
+    }
+    let theirs = Reader::new(&other).await.position;
+    for position in [theirs, "nonsense".to_owned().into(), String::new().into()] {
+        let mut reader = Reader { database: database(&server.url(), &[]), position };
+        assert_eq!(reader.told().await, None);
+        assert_eq!(reader.told().await, Some(vec![]));
+    }
+}
+
+async fn a_commit_is_told_though_a_later_change_was_committed_before_it(engine: Engine) {
+    let server = DatabaseServer::start(engine).await;
+    let mut reader = Reader::new(&server).await;
+    let (mut early, mut late) = (server.session().await, server.session().await);
+    early.sql("BEGIN").await;
+    early.sql(&rename(680)).await;
+    // Its version is higher, and it is there first.
+    late.sql(&rename(706)).await;
+    assert_eq!(reader.told().await, Some(vec![706]));
+    // So does whoever begins to read in between.
+    let mut newcomer = Reader::new(&server).await;
+    early.sql("COMMIT").await;
+    assert_eq!(reader.told().await, Some(vec![680]));
+    assert_eq!(newcomer.told().await, Some(vec![680]));
+    assert_eq!(reader.told().await, Some(vec![]));
+}
+
+async fn a_transaction_that_stays_open_for_long_is_told_when_it_commits(engine: Engine) {
+    let server = DatabaseServer::start(engine).await;
+    let mut reader = Reader::new(&server).await;
+    let mut writer = server.session().await;
+    writer.sql("BEGIN").await;
+    writer.sql(&rename(680)).await;
+    for look in 0..25 {
+        server.sql(&rename(706)).await;
+        assert_eq!(reader.told().await, Some(vec![706]), "look {look}: others are not held up");
+    }
+    writer.sql("COMMIT").await;
+    assert_eq!(reader.told().await, Some(vec![680]));
+}
+
+async fn a_rolled_back_change_is_forgotten(engine: Engine) {
+    let server = DatabaseServer::start(engine).await;
+    let mut reader = Reader::new(&server).await;
+    let length = reader.position.to_string().len();
+    let mut writer = server.session().await;
+    writer.sql("BEGIN").await;
+    writer.sql(&rename(680)).await;
+    server.sql(&rename(706)).await;
+    assert_eq!(reader.told().await, Some(vec![706]));
+    writer.sql("ROLLBACK").await;
+    for _ in 0..25 {
+        assert_eq!(reader.told().await, Some(vec![]));
+    }
+    let position = reader.position.to_string();
+    assert!(position.len() <= length + 2, "a gap is remembered for ever: {position}");
+}
+
+async fn no_change_of_concurrent_writers_is_skipped(engine: Engine) {
+    let server = DatabaseServer::start(engine).await;
+    let mut reader = Reader::new(&server).await;
+    let ids: Vec<i64> = {
+        let reference = database("", &[]);
+        let all = super::products(&reference, &(1..1100).collect::<Vec<_>>()).await.unwrap();
+        all.into_iter().map(|(id, _)| id).collect()
+    };
+    let writers = ids.chunks(50).map(|ids| async {
+        let mut session = server.session().await;
+        let mut committed = Vec::new();
+        for pair in ids.chunks(2) {
+            session.sql("BEGIN").await;
+            for id in pair {
+                session.sql(&rename(*id)).await;
+                sleep(Duration::from_millis(rand::random_range(0..8))).await;
+            }
+            if rand::random_bool(0.7) {
+                session.sql("COMMIT").await;
+                committed.extend(pair.iter().copied());
+            } else {
+                session.sql("ROLLBACK").await;
+            }
+        }
+        committed
+    });
+    let mut told = BTreeSet::new();
+    let writing = async { join_all(writers).await.concat() };
+    tokio::pin!(writing);
+    let committed: BTreeSet<i64> = loop {
+        tokio::select! {
+            committed = &mut writing => break committed.into_iter().collect(),
+            new = reader.told() => told.extend(new.expect("nothing was pruned")),
+        }
+    };
+    told.extend(reader.told().await.expect("nothing was pruned"));
+    assert!(committed.len() > 100);
+    assert_eq!(told, committed);
+}
+
+#[tokio::test]
+async fn emptying_the_table_is_told() {
+    let server = DatabaseServer::start(Engine::Postgres).await;
+    let mut reader = Reader::new(&server).await;
+    server.sql("TRUNCATE product").await;
+    assert_eq!(reader.told().await, None);
+    assert_eq!(reader.told().await, Some(vec![]));
+}
+
+#[tokio::test]
+async fn a_commit_wakes_whoever_waits_and_so_does_the_loss_of_the_one_who_would_tell() {
+    let mut server = DatabaseServer::start(Engine::Postgres).await;
+    let database = database(&server.url(), &[]);
+    let long = Duration::from_secs(3600);
+    let woken = async || timeout(PATIENCE, database.wait_for_changes(&TABLE, long)).await.expect("was woken");
+    woken().await; // It listens now; before, it could not have heard.
+    server.sql(&rename(680)).await;
+    woken().await;
+    server.restart().await;
+    woken().await;
+    server.sql(&rename(680)).await;
+    woken().await;
+}

@@ -1,0 +1,207 @@
+//! Rows: the same bytes from every engine, in as few round trips as can be.
+
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use tokio::time::{sleep, timeout};
+
+use super::{behind_a_proxy, database, for_every_engine, for_every_server, name_of, products};
+use crate::support::{
+    database::{DatabaseServer, Engine},
+    eventually,
+};
+
+for_every_engine![
+    the_catalogue_is_the_same_bytes,
+    every_type_at_its_limits_is_the_same_bytes,
+    ids_without_a_product_are_left_out,
+    two_thousand_cancelled_queries_leave_right_rows,
+];
+for_every_server![
+    no_more_connections_than_the_bound,
+    a_hung_query_ends_here_and_on_the_server,
+    a_row_is_one_round_trip_and_so_is_a_batch,
+];
+
+/// Ids of the whole catalogue, and then some.
+const IDS: std::ops::Range<i64> = 1..1100;
+
+async fn the_catalogue_is_the_same_bytes(engine: Engine) {
+    let server = DatabaseServer::start(engine).await;
+    let reference = database("", &[]); // the embedded catalogue
+    let database = database(&server.url(), &[]);
+    let mut compared = 0;
+    for hundred in IDS.collect::<Vec<_>>().chunks(100) {
+        let expected = products(&reference, hundred).await.unwrap();
+        let mut found = products(&database, hundred).await.unwrap();
+        compared += found.len();
+        if matches!(engine, Engine::Postgres | Engine::MariaDb) {
+            // These two keep six digits of a second, and round the seventh.
+            for (_, json) in &mut found {
+                *json = json.replace("06:05:04.123457", "06:05:04.1234567");
+            }
+        }
+        assert_eq!(found, expected);
+    }
+    assert_eq!(compared, 298);
+}
+
+async fn every_type_at_its_limits_is_the_same_bytes(engine: Engine) {
+    let server = DatabaseServer::start(engine).await;
+    let database = database(&server.url(), &[]);
+    let bytes = |hex: &str| match engine {
+        Engine::Postgres => format!("'\\x{hex}'"),
+        _ => format!("X'{hex}'"),
+    };
+    let columns = "ProductID, Name, ProductNumber, Color, StandardCost, ListPrice, Size, Weight, ProductCategoryID, \
+        ProductModelID, SellStartDate, SellEndDate, DiscontinuedDate, ThumbNailPhoto, ThumbnailPhotoFileName, rowguid, \
+        ModifiedDate";
+    server
+        .sql(&format!(
+            "INSERT INTO product ({columns}) VALUES
+             (2147483647, '𝔘nicode 🚲 乌龟 Żółw \"q\" ''s''', 'MAX', '', '922337203685477.5807', '0.0001', ' M ', '999999.99',
+              2147483647, -2147483648, '9999-12-31T23:59:59.997', '1753-01-01T00:00:00', '2000-02-29T12:34:56.003',
+              {photo}, NULL, '6F9619FF-8B86-D011-B42D-00C04FC964FF', '2008-03-10T10:00:00.123456')",
+            photo = bytes("00FF7F80"),
+        ))
+        .await;
+    server
+        .sql(&format!(
+            "INSERT INTO product ({columns}) VALUES
+             (3001, 'nulls', 'MIN', NULL, '0', '12.5', NULL, NULL, NULL, NULL, '2002-06-01T00:00:00', NULL, NULL, NULL, NULL,
+              '00000000-0000-0000-0000-000000000000', '2008-03-10T10:00:00.510')"
+        ))
+        .await;
+    let found = products(&database, &[2_147_483_647, 3001]).await.unwrap();
+    assert_eq!(
+        found[0].1,
+        "{\"productID\":3001,\"name\":\"nulls\",\"productNumber\":\"MIN\",\"color\":null,\"standardCost\":0.0000,\
+         \"listPrice\":12.5000,\"size\":null,\"weight\":null,\"productCategoryID\":null,\"productModelID\":null,\
+         \"sellStartDate\":\"2002-06-01T00:00:00\",\"sellEndDate\":null,\"discontinuedDate\":null,\
+         \"thumbNailPhoto\":null,\"thumbnailPhotoFileName\":null,\"rowguid\":\"00000000-0000-0000-0000-000000000000\",\
+         \"modifiedDate\":\"2008-03-10T10:00:00.51\"}"
+    );
+    assert_eq!(
+        found[1].1,
+        "{\"productID\":2147483647,\"name\":\"𝔘nicode 🚲 乌龟 Żółw \\\"q\\\" 's'\",\"productNumber\":\"MAX\",\
+         \"color\":\"\",\"standardCost\":922337203685477.5807,\"listPrice\":0.0001,\"size\":\" M \",\
+         \"weight\":999999.99,\"productCategoryID\":2147483647,\"productModelID\":-2147483648,\
+         \"sellStartDate\":\"9999-12-31T23:59:59.997\",\"sellEndDate\":\"1753-01-01T00:00:00\",\
+         \"discontinuedDate\":\"2000-02-29T12:34:56.003\",\"thumbNailPhoto\":\"AP9/gA==\",\
+         \"thumbnailPhotoFileName\":null,\"rowguid\":\"6f9619ff-8b86-d011-b42d-00c04fc964ff\",\
+         \"modifiedDate\":\"2008-03-10T10:00:00.123456\"}"
+    );
+}
+
+async fn ids_without_a_product_are_left_out(engine: Engine) {
+    let server = DatabaseServer::start(engine).await;
+    let database = database(&server.url(), &[]);
+    assert_eq!(products(&database, &[1]).await, Ok(Vec::new()));
+    let found = products(&database, &[1, 706, 2, 680, 706]).await.unwrap();
+    assert_eq!(found.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [680, 706]);
+}
+
+async fn two_thousand_cancelled_queries_leave_right_rows(engine: Engine) {
+    let server = DatabaseServer::start(engine).await;
+    let database = database(&server.url(), &[("DATABASE_MAX_CONNECTIONS", "4"), ("FEED_INTERVAL_MS", "0")]);
+    let reference = super::database("", &[]);
+    let ids: Vec<_> = products(&reference, &IDS.collect::<Vec<_>>()).await.unwrap().iter().map(|(id, _)| *id).collect();
+    let mut cancelled = 0;
+    for (round, id) in ids.iter().cycle().take(2000).enumerate() {
+        let patience = Duration::from_micros(20 + (round as u64 * 7919) % 1500);
+        match timeout(patience, products(&database, &[*id])).await {
+            Ok(found) => assert_eq!(found.unwrap()[0].0, *id),
+            Err(_) => cancelled += 1,
+        }
+    }
+    assert!(cancelled > 50, "only {cancelled} were cancelled");
+    for id in &ids {
+        assert_eq!(products(&database, &[*id]).await, products(&reference, &[*id]).await.map(six_digits(engine)));
+    }
+    eventually("abandoned connections end", async || (server.connections().await <= 4).then_some(())).await;
+}
+
+fn six_digits(engine: Engine) -> impl Fn(Vec<(i64, String)>) -> Vec<(i64, String)> {
+    let rounds = matches!(engine, Engine::Postgres | Engine::MariaDb);
+    move |products| {
+        let round = |json: String| if rounds { json.replace("04.1234567", "04.123457") } else { json };
+        products.into_iter().map(|(id, json)| (id, round(json))).collect()
+    }
+}
+
+/// Statements that make every query of products wait, and let them go on.
+fn hold(engine: Engine) -> (&'static str, &'static str) {
+    match engine {
+        Engine::Sqlite => unreachable!("its readers wait for nobody"),
+        Engine::Postgres => ("BEGIN; LOCK TABLE product IN ACCESS EXCLUSIVE MODE", "ROLLBACK"),
+        Engine::MariaDb => ("LOCK TABLES product WRITE", "UNLOCK TABLES"),
+    }
+}
+
+async fn no_more_connections_than_the_bound(engine: Engine) {
+    let server = DatabaseServer::start(engine).await;
+    let database = database(&server.url(), &[("DATABASE_MAX_CONNECTIONS", "3"), ("FEED_INTERVAL_MS", "0")]);
+    let mut owner = server.session().await;
+    owner.sql(hold(engine).0).await;
+    let readers = join_all((0..64).map(|_| name_of(&database, 680)));
+    let release = async {
+        eventually("the pool is full", async || (server.connections().await == 3).then_some(())).await;
+        sleep(Duration::from_millis(200)).await; // time to do wrong
+        let connections = server.connections().await;
+        owner.sql(hold(engine).1).await;
+        connections
+    };
+    let (names, connections) = tokio::join!(readers, release);
+    assert_eq!(connections, 3);
+    assert!(names.iter().all(Result::is_ok), "{names:?}");
+    assert_eq!(server.connections().await, 3);
+}
+
+async fn a_hung_query_ends_here_and_on_the_server(engine: Engine) {
+    let server = DatabaseServer::start(engine).await;
+    let settings = [("CACHE_HARD_TIMEOUT_MS", "300"), ("DATABASE_MAX_CONNECTIONS", "3"), ("FEED_INTERVAL_MS", "0")];
+    let database = database(&server.url(), &settings);
+    let mut owner = server.session().await;
+    owner.sql(hold(engine).0).await;
+    for _ in 0..6 {
+        let error = name_of(&database, 680).await.expect_err("nobody can read");
+        assert!(error.contains("no answer within 300 ms"), "{error}");
+    }
+    eventually("the server gives the queries up", async || (server.connections().await == 0).then_some(())).await;
+    owner.sql(hold(engine).1).await;
+    assert!(name_of(&database, 680).await.is_ok());
+}
+
+async fn a_row_is_one_round_trip_and_so_is_a_batch(engine: Engine) {
+    let (_server, proxy, database) = behind_a_proxy(engine, &[("FEED_INTERVAL_MS", "0")]).await;
+    let batch: Vec<_> = (680..780).collect();
+    // Statements are prepared once on each connection.
+    assert!(name_of(&database, 680).await.is_ok());
+    assert!(products(&database, &batch).await.is_ok());
+    let before = proxy.requests();
+    assert!(name_of(&database, 706).await.is_ok());
+    assert_eq!(proxy.requests() - before, 1);
+    assert!(products(&database, &batch).await.is_ok());
+    assert_eq!(proxy.requests() - before, 2);
+}
+
+#[tokio::test]
+async fn what_no_calendar_and_no_number_line_has_is_a_bad_row_and_no_other_rows_problem() {
+    let server = DatabaseServer::start(Engine::Postgres).await;
+    let database = database(&server.url(), &[]);
+    for (column, value) in [
+        ("StandardCost", "'NaN'"),
+        ("SellEndDate", "'infinity'"),
+        ("SellStartDate", "'-infinity'"),
+        ("ModifiedDate", "'294000-01-01'"),
+    ] {
+        let name = column.to_ascii_lowercase();
+        server.sql(&format!("UPDATE product SET {column} = {value} WHERE ProductID = 680")).await;
+        let rows = product_cache::product::load(&database, &[680, 706]).await.unwrap();
+        let bad: Vec<_> = rows.iter().filter_map(|row| row.as_ref().err()).collect();
+        assert_eq!(bad.len(), 1, "{name}");
+        assert_eq!((bad[0].key, bad[0].column), (680, column));
+        assert_eq!(rows.iter().filter(|row| row.is_ok()).count(), 1, "{name}: the other row is read");
+        server.sql(&format!("UPDATE product SET {column} = (SELECT {column} FROM product WHERE ProductID = 706) WHERE ProductID = 680")).await;
+    }
+}

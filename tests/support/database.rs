@@ -1,0 +1,315 @@
+//! Private database servers, each with the catalogue of its `sql/` script and a login that may only read.
+//!
+//! A server starts from a copy of a folder that is made once for each version of the script.
+
+use std::{
+    fs,
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use sha2::{Digest, Sha256};
+use sqlx::{AssertSqlSafe, Connection, Executor, MySqlConnection, PgConnection, SqliteConnection};
+use tempfile::TempDir;
+
+use super::{eventually, signal};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    Sqlite,
+    Postgres,
+    MariaDb,
+}
+
+pub struct DatabaseServer {
+    pub engine: Engine,
+    process: Option<Child>,
+    folder: TempDir,
+    pub port: u16,
+}
+
+impl Drop for DatabaseServer {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+impl DatabaseServer {
+    pub async fn start(engine: Engine) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut server = Self { engine, process: None, folder, port: free_port() };
+        if engine == Engine::Sqlite {
+            super::catalogue(&server.data());
+            return server;
+        }
+        run(Command::new("cp").arg("-r").arg(template(engine).await).arg(server.data()));
+        if is_root() {
+            run(Command::new("chown").arg("-R").arg(owner(engine)).arg(server.folder.path()));
+        }
+        server.restart().await;
+        server
+    }
+
+    fn data(&self) -> PathBuf {
+        self.folder.path().join("data")
+    }
+
+    /// The connection string of the login that the handler uses.
+    pub fn url(&self) -> String {
+        self.url_by(self.port)
+    }
+
+    /// The same, for a server that is reached at another port.
+    pub fn url_by(&self, port: u16) -> String {
+        match self.engine {
+            Engine::Sqlite => format!("sqlite:{}", self.data().display()),
+            Engine::Postgres => format!("postgres://handler@127.0.0.1:{port}/shop?sslmode=disable"),
+            Engine::MariaDb => format!("mysql://handler@127.0.0.1:{port}/shop?ssl-mode=DISABLED"),
+        }
+    }
+
+    /// Starts the server again, with the data it had.
+    pub async fn restart(&mut self) {
+        self.kill();
+        if self.engine == Engine::Sqlite {
+            return;
+        }
+        self.process = Some(start_server(self.engine, &self.data(), self.port));
+        eventually("the database server answers", async || Session::open(self).await.ok()).await;
+    }
+
+    pub fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            // Stopped processes die as well.
+            for pid in children(process.id()) {
+                let _ = Command::new("kill").args(["-KILL", &pid.to_string()]).stderr(Stdio::null()).status();
+            }
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+
+    /// Sends a signal to the server and all its processes.
+    pub fn signal(&self, name: &str) {
+        let pid = self.process.as_ref().expect("it runs").id();
+        signal(pid, name);
+        for pid in children(pid) {
+            let _ = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).stderr(Stdio::null()).status();
+        }
+    }
+
+    /// A connection as the owner of everything.
+    pub async fn session(&self) -> Session {
+        Session::open(self).await.expect("the owner may come in")
+    }
+
+    /// Runs SQL as the owner.
+    pub async fn sql(&self, sql: &str) {
+        self.session().await.sql(sql).await;
+    }
+
+    /// Connections of the handler's login.
+    pub async fn connections(&self) -> i64 {
+        let count = match self.engine {
+            Engine::Sqlite => return 0,
+            Engine::Postgres => "SELECT count(*) FROM pg_stat_activity WHERE usename = 'handler'",
+            Engine::MariaDb => "SELECT count(*) FROM information_schema.processlist WHERE user = 'handler'",
+        };
+        self.session().await.number(count).await
+    }
+}
+
+/// A connection as the owner.
+pub enum Session {
+    Sqlite(SqliteConnection),
+    Postgres(PgConnection),
+    MySql(MySqlConnection),
+}
+
+impl Session {
+    async fn open(server: &DatabaseServer) -> sqlx::Result<Self> {
+        let port = server.port;
+        Ok(match server.engine {
+            Engine::Sqlite => Self::Sqlite(SqliteConnection::connect(&server.url()).await?),
+            Engine::Postgres => {
+                let url = format!("postgres://owner@127.0.0.1:{port}/shop?sslmode=disable");
+                Self::Postgres(PgConnection::connect(&url).await?)
+            }
+            Engine::MariaDb => {
+                let url = format!("mysql://root@127.0.0.1:{port}/shop?ssl-mode=DISABLED");
+                Self::MySql(MySqlConnection::connect(&url).await?)
+            }
+        })
+    }
+
+    pub async fn sql(&mut self, sql: &str) {
+        let sql = sqlx::raw_sql(AssertSqlSafe(sql.to_owned()));
+        let done = match self {
+            Self::Sqlite(connection) => connection.execute(sql).await.map(drop),
+            Self::Postgres(connection) => connection.execute(sql).await.map(drop),
+            Self::MySql(connection) => connection.execute(sql).await.map(drop),
+        };
+        done.expect("valid SQL");
+    }
+
+    pub async fn number(&mut self, sql: &str) -> i64 {
+        let sql = AssertSqlSafe(sql.to_owned());
+        let number = match self {
+            Self::Sqlite(connection) => sqlx::query_scalar(sql).fetch_one(connection).await,
+            Self::Postgres(connection) => sqlx::query_scalar(sql).fetch_one(connection).await,
+            Self::MySql(connection) => sqlx::query_scalar(sql).fetch_one(connection).await,
+        };
+        number.expect("a number")
+    }
+}
+
+/// The folder that servers of this engine start from.
+async fn template(engine: Engine) -> PathBuf {
+    static BEING_MADE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+    let _alone = BEING_MADE.lock().await;
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(match engine {
+        Engine::Sqlite => "sql/sqlite.sql",
+        Engine::Postgres => "sql/postgresql.sql",
+        Engine::MariaDb => "sql/mysql.sql",
+    });
+    let version = Sha256::digest(fs::read(&script).expect("a script"));
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{engine:?}-{:x}", version)).join("data");
+    if folder.exists() {
+        return folder;
+    }
+    let made = tempfile::tempdir().expect("a folder");
+    let (data, port) = (made.path().join("data"), free_port());
+    if is_root() {
+        run(Command::new("chown").arg(owner(engine)).arg(made.path()));
+    }
+    match engine {
+        Engine::Sqlite => unreachable!("has no server"),
+        Engine::Postgres => {
+            let options = ["--username=owner", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C.UTF-8"];
+            run(as_owner(engine, &program(engine, "initdb")).args(options).arg("-D").arg(&data));
+        }
+        Engine::MariaDb => {
+            let options = ["--no-defaults", "--auth-root-authentication-method=normal", "--skip-test-db"];
+            let install = &mut Command::new("mariadb-install-db");
+            run(install
+                .args(options)
+                .args(SMALL_MARIADB)
+                .arg("--user=mysql")
+                .arg(format!("--datadir={}", data.display())));
+        }
+    }
+    let mut server = start_server(engine, &data, port);
+    let port_argument = port.to_string();
+    let client = |arguments: &[&str]| {
+        let mut client = match engine {
+            Engine::Postgres => Command::new(program(engine, "psql")),
+            _ => Command::new("mariadb"),
+        };
+        match engine {
+            Engine::Postgres => client.args(["-U", "owner", "-q", "-v", "ON_ERROR_STOP=1"]),
+            _ => client.args(["-u", "root", "--default-character-set=utf8mb4"]),
+        };
+        client.args(["-h", "127.0.0.1", if engine == Engine::Postgres { "-p" } else { "-P" }, &port_argument]);
+        client.args(arguments);
+        client
+    };
+    match engine {
+        Engine::Sqlite => {}
+        Engine::Postgres => {
+            let ready = || client(&["-c", "SELECT 1", "postgres"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+            eventually("PostgreSQL answers", async || ready().is_ok_and(|status| status.success()).then_some(())).await;
+            run(&mut client(&["-c", "CREATE DATABASE shop", "-c", "CREATE ROLE handler LOGIN", "postgres"]));
+            run(client(&["--single-transaction", "shop", "-f"]).arg(&script));
+            let grant = "GRANT SELECT ON product, product_change, product_change_pruned TO handler";
+            run(&mut client(&["-c", grant, "shop"]));
+        }
+        Engine::MariaDb => {
+            let ready = || client(&["-e", "SELECT 1"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+            eventually("MariaDB answers", async || ready().is_ok_and(|status| status.success()).then_some(())).await;
+            run(&mut client(&["-e", "CREATE DATABASE shop; CREATE USER handler@'%'"]));
+            run(client(&["shop"]).stdin(fs::File::open(&script).expect("a script")));
+            let grant = "GRANT SELECT ON product TO handler; GRANT SELECT ON product_change TO handler";
+            run(&mut client(&["shop", "-e", grant]));
+        }
+    }
+    signal(server.id(), "TERM");
+    server.wait().expect("stops");
+    fs::create_dir_all(folder.parent().expect("has one")).expect("made");
+    // Another test process may have been as quick: then its folder is as good.
+    let _ = Command::new("cp").arg("-r").arg(&data).arg(folder.with_extension("new")).status();
+    let _ = fs::rename(folder.with_extension("new"), &folder);
+    folder
+}
+
+const SMALL_MARIADB: [&str; 2] = ["--innodb-log-file-size=8M", "--innodb-buffer-pool-size=16M"];
+
+fn start_server(engine: Engine, data: &Path, port: u16) -> Child {
+    let mut command = match engine {
+        Engine::Sqlite => unreachable!("has no server"),
+        Engine::Postgres => {
+            let _ = fs::remove_file(data.join("postmaster.pid")); // of one that was killed
+            let mut command = as_owner(engine, &program(engine, "postgres"));
+            command.arg("-D").arg(data).args(["-p", &port.to_string()]);
+            for setting in
+                ["listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off", "shared_buffers=16MB"]
+            {
+                command.args(["-c", setting]);
+            }
+            command
+        }
+        Engine::MariaDb => {
+            let mut command = Command::new(program(engine, "mariadbd"));
+            command.args(["--no-defaults", "--user=mysql", "--bind-address=127.0.0.1"]).args(SMALL_MARIADB);
+            command.arg(format!("--port={port}")).arg(format!("--datadir={}", data.display()));
+            command.arg(format!("--socket={}", data.with_file_name("socket").display()));
+            command.args(["--innodb-flush-log-at-trx-commit=0", "--skip-log-bin", "--innodb-use-native-aio=0"]);
+            command
+        }
+    };
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.spawn().unwrap_or_else(|error| panic!("{engine:?} is not installed ({error}): run scripts/test"))
+}
+
+/// A command as the user that the server's files belong to: PostgreSQL refuses to run as root.
+fn as_owner(engine: Engine, program: &Path) -> Command {
+    if !is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("setpriv");
+    let user = owner(engine);
+    command.args([format!("--reuid={user}"), format!("--regid={user}")]).arg("--init-groups").arg(program);
+    command
+}
+
+fn owner(engine: Engine) -> &'static str {
+    match engine {
+        Engine::Postgres => "postgres",
+        _ => "mysql",
+    }
+}
+
+fn is_root() -> bool {
+    Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout.trim_ascii() == b"0")
+}
+
+/// Debian keeps PostgreSQL's programs apart by version, out of the path.
+fn program(engine: Engine, name: &str) -> PathBuf {
+    let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let found = versions.map(|version| version.path().join("bin").join(name)).filter(|path| path.exists()).max();
+    found.filter(|_| engine == Engine::Postgres).unwrap_or_else(|| name.into())
+}
+
+fn run(command: &mut Command) {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}: run scripts/test"));
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port").port()
+}
+
+fn children(pid: u32) -> Vec<u32> {
+    let output = Command::new("pgrep").args(["-P", &pid.to_string()]).output().expect("pgrep");
+    String::from_utf8_lossy(&output.stdout).lines().filter_map(|pid| pid.parse().ok()).collect()
+}
