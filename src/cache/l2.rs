@@ -245,6 +245,22 @@ impl L2 {
         }
     }
 
+    /// A text kept under a name that is no entry's.
+    pub(super) async fn note(&self, name: &str) -> Result<Option<String>, Error> {
+        let mut command = redis::cmd("GET");
+        command.arg(format!("{}:{name}", self.prefix));
+        let reply = self.redis.send(&[command]).await?.into_iter().next();
+        // Somebody else's value is as good as none.
+        Ok(reply.and_then(Result::ok).and_then(|reply| redis::from_redis_value(reply).ok()).flatten())
+    }
+
+    /// Keeps it, if Redis can be reached.
+    pub(super) async fn keep_note(&self, name: &str, text: &str) {
+        let mut command = redis::cmd("SET");
+        command.arg(format!("{}:{name}", self.prefix)).arg(text);
+        let _ = self.redis.send(&[command]).await;
+    }
+
     fn name(&self, key: &Key) -> String {
         format!("{}:{key}", self.prefix)
     }

@@ -323,6 +323,21 @@ impl Cache {
         tokio::time::timeout(budget, inner.queue.delivered(number)).await.map_err(|_| Undelivered { budget })
     }
 
+    /// A text that instances leave for those to come. `Ok(None)`: nobody has, or there is no Redis to keep it in.
+    pub async fn note(&self, name: &str) -> Result<Option<String>, crate::redis::Error> {
+        match &self.inner.shared {
+            Some(remote) => remote.l2.note(name).await,
+            None => Ok(None),
+        }
+    }
+
+    /// Leaves such a text. Best effort.
+    pub async fn keep_note(&self, name: &str, text: &str) {
+        if let Some(remote) = &self.inner.shared {
+            remote.l2.keep_note(name, text).await;
+        }
+    }
+
     /// Makes everything in this process's memory stale: whoever calls this may have missed expiries.
     pub fn forget_memory(&self) {
         self.inner.memory.expire_everything();

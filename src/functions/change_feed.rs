@@ -1,7 +1,8 @@
 //! The database's change feed → expiries, for where no host delivers the SQL trigger.
 //!
 //! Knows how often to ask and what to do when the feed fails. Invariant: the position moves on only after what was read
-//! has been expired here (and is queued for Redis), so a failure in between repeats changes and loses none.
+//! has been expired here (and is queued for Redis), so a failure in between repeats changes and loses none. With Redis
+//! the position is kept there, so that what changes while no instance runs is not served from Redis afterwards.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,26 +11,27 @@ use tokio::time::Instant;
 use super::App;
 use crate::{
     cache::Key,
-    database::{Changes, Error, Position},
+    database::{Error, Position},
     product,
 };
 
 /// How long the feed waits for Redis to take an expiry. Afterwards it stays queued and the feed goes on.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// What the position is kept under.
+const NOTE: &str = "feed";
 
 /// Follows the feed for ever.
 pub(super) async fn follow(app: Arc<App>, interval: Duration) {
-    let mut position = None;
+    let mut follower = Follower { app: &app, position: None, resumed: false, kept: None };
     let mut failing = false;
     loop {
         let began = Instant::now();
-        match step(&app, position.as_ref()).await {
-            Ok(changes) => {
-                position = Some(changes.position);
+        match follower.step().await {
+            Ok(more) => {
                 if std::mem::take(&mut failing) {
                     tracing::info!("the change feed is heard again");
                 }
-                if changes.more {
+                if more {
                     continue;
                 }
                 app.cache.heard_feed(began);
@@ -46,26 +48,57 @@ pub(super) async fn follow(app: Arc<App>, interval: Duration) {
     }
 }
 
-async fn step(app: &App, position: Option<&Position>) -> Result<Changes, Error> {
-    let Some(position) = position else {
-        // What was read into memory before there was a position may have changed since.
-        let position = app.database.latest_change(&product::TABLE).await?;
-        app.cache.forget_memory();
-        return Ok(Changes { keys: Vec::new(), position, overrun: false, more: false });
-    };
-    let changes = app.database.changes_since(&product::TABLE, position).await?;
-    let expired = if changes.overrun {
-        tracing::warn!("the change feed was pruned or replaced; everything is stale");
-        app.cache.expire_everything(PATIENCE).await
-    } else if changes.keys.is_empty() {
-        Ok(())
-    } else {
-        let keys: Vec<_> = changes.keys.iter().map(|id| Key::new(product::KIND, *id)).collect();
-        app.counts.expired(keys.len());
-        app.cache.expire(&keys, PATIENCE).await
-    };
-    if let Err(error) = expired {
-        tracing::warn!(%error, "the change feed goes on");
+struct Follower<'a> {
+    app: &'a App,
+    position: Option<Position>,
+    /// Whether what changed before this process began has been made up for in Redis.
+    resumed: bool,
+    /// The position that Redis keeps, as far as this process knows.
+    kept: Option<Position>,
+}
+
+impl Follower<'_> {
+    /// Reads one page and expires what it names. `true`: there is more.
+    async fn step(&mut self) -> Result<bool, Error> {
+        let cache = &self.app.cache;
+        if self.position.is_none() {
+            self.position = Some(self.app.database.latest_change(&product::TABLE).await?);
+            // What was read into memory before there was a position may have changed since.
+            cache.forget_memory();
+        }
+        let (mut resumed, mut everything) = (self.resumed, false);
+        if !resumed && let Ok(kept) = cache.note(NOTE).await {
+            // Changes since then were told to nobody, unless by another instance; some are repeated.
+            match kept {
+                Some(kept) => self.position = Some(kept.into()),
+                None => everything = true,
+            }
+            resumed = true;
+        }
+        let Some(position) = &self.position else { unreachable!("set above") };
+        let changes = self.app.database.changes_since(&product::TABLE, position).await?;
+        if changes.overrun {
+            tracing::warn!("the change feed was pruned or replaced; everything is stale");
+        }
+        let expired = if changes.overrun || everything {
+            cache.expire_everything(PATIENCE).await
+        } else if changes.keys.is_empty() {
+            Ok(())
+        } else {
+            let keys: Vec<_> = changes.keys.iter().map(|id| Key::new(product::KIND, *id)).collect();
+            self.app.counts.expired(keys.len());
+            cache.expire(&keys, PATIENCE).await
+        };
+        self.resumed = resumed;
+        let position = self.position.insert(changes.position);
+        match expired {
+            Ok(()) if self.resumed && self.kept.as_ref() != Some(position) => {
+                cache.keep_note(NOTE, &position.to_string()).await;
+                self.kept = Some(position.clone());
+            }
+            Ok(()) => {}
+            Err(error) => tracing::warn!(%error, "the change feed goes on"),
+        }
+        Ok(changes.more)
     }
-    Ok(changes)
 }

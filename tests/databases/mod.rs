@@ -1,6 +1,7 @@
 //! What every engine must do alike, on real servers: one suite, run for each.
 
 mod feed;
+mod handler;
 mod outages;
 mod rows;
 

@@ -74,10 +74,10 @@ impl<'a> Checker<'a> {
             Seen::Nothing(_) if !excused(Excuse::Death) => {
                 return violation("no answer from a living instance".to_owned(), read.from);
             }
-            Seen::Unavailable if !excused(Excuse::Pause) => {
+            Seen::Unavailable if !excused(Excuse::Pause) && !self.ignorant(read) => {
                 return violation("503 though the database answers".to_owned(), read.from);
             }
-            _ if read.says_failed() && !excused(Excuse::Pause) => {
+            _ if read.says_failed() && !excused(Excuse::Pause) && !self.ignorant(read) => {
                 return violation("stale though the database answers".to_owned(), read.from);
             }
             _ if read.says_stale() => return None,
@@ -126,7 +126,7 @@ impl<'a> Checker<'a> {
         });
         if reborn || read.instance == acknowledged.instance {
             Duration::ZERO
-        } else if self.disturbed(read.instance, acknowledged.at, read.from) {
+        } else if self.excused(read.instance, acknowledged.at, read.from, Excuse::Deafness) {
             DEAF
         } else {
             GRACE
@@ -169,6 +169,12 @@ impl<'a> Checker<'a> {
 
     fn excused(&self, instance: usize, from: Time, to: Time, excuse: Excuse) -> bool {
         self.disturbances(instance, from, to).any(|disturbance| disturbance.excuse >= excuse)
+    }
+
+    /// Whether the instance could not ask the database. It excuses nothing else.
+    fn ignorant(&self, read: &Read) -> bool {
+        let mut disturbances = self.disturbances(read.instance, read.from, read.to);
+        disturbances.any(|disturbance| disturbance.excuse == Excuse::Ignorance)
     }
 
     /// From each acknowledgement to the first read on each undisturbed other instance that is right, and, where one was
@@ -280,6 +286,7 @@ mod tests {
         let deaf = || vec![fault(900, NEVER.as_millis() as u64, Excuse::Deafness)];
         let paused = || vec![fault(900, 9000, Excuse::Pause)];
         let dead = || vec![fault(900, 9000, Excuse::Death)];
+        let ignorant = || vec![fault(900, 9000, Excuse::Ignorance)];
         #[rustfmt::skip] // a table reads as a table
         let cases = [
             ("before", vec![], (0, 1001, Version(1), SOUND), ""),
@@ -293,6 +300,9 @@ mod tests {
             ("born later", deaf(), (2, 5100, Version(1), SOUND), "version 2 was acknowledged 4098 ms before; 0 ms"),
             ("stale, and says so", paused(), (1, 8000, Version(1), STALE), ""),
             ("stale without need", deaf(), (1, 8000, Version(1), STALE), "stale though the database answers"),
+            ("stale while the database is away", ignorant(), (1, 8000, Version(1), STALE), ""),
+            ("stale without saying so", ignorant(), (1, 1600, Version(1), SOUND), "version 2 was acknowledged"),
+            ("503 while the database is away", ignorant(), (1, 8000, Unavailable, ""), ""),
             ("from the future", vec![], (1, 900, Version(2), SOUND), "a version that was not written yet"),
             ("from nowhere", vec![], (1, 9000, Version(7), SOUND), "a version that was not written yet"),
             ("deleted", vec![], (0, 10_003, Absent, SOUND), ""),

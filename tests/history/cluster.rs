@@ -1,8 +1,7 @@
-//! The instances under test: N processes on one database file, each with its own way to one Redis.
+//! The instances under test: N processes on one database, each with its own way to it and to one Redis.
 
 use std::{
     ops::Range,
-    path::PathBuf,
     sync::{
         Mutex,
         atomic::{AtomicU16, AtomicU32, Ordering},
@@ -10,14 +9,12 @@ use std::{
     time::Duration,
 };
 
-use tempfile::TempDir;
-
 use super::record::Recorder;
 use crate::support::{
+    database::{DatabaseServer, Engine},
     instance::{Instance, start},
     proxy::Proxy,
     redis::RedisServer,
-    sqlite,
 };
 
 pub const UNHEARD_MAX: Duration = Duration::from_secs(3);
@@ -36,14 +33,14 @@ const BALLAST_BYTES: usize = 80_000;
 
 /// What readers and writers share; the nemesis changes it.
 pub struct Cluster {
-    pub database: PathBuf,
+    pub database: DatabaseServer,
     instances: Vec<Place>,
-    _folder: TempDir,
 }
 
 /// An instance may die; its place stays.
 struct Place {
     proxy: Proxy,
+    database_proxy: Proxy,
     /// 0 while it is dead.
     port: AtomicU16,
     life: AtomicU32,
@@ -52,13 +49,12 @@ struct Place {
 
 impl Cluster {
     /// Starts the instances and gives every key its version 1, which nobody has read before.
-    pub async fn start(instances: usize, redis: &RedisServer, recorder: &Recorder) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
-        crate::support::catalogue(&folder.path().join("history.db"));
-        let mut cluster = Self { database: folder.path().join("history.db"), instances: Vec::new(), _folder: folder };
+    pub async fn start(engine: Engine, instances: usize, redis: &RedisServer, recorder: &Recorder) -> Self {
+        let mut cluster = Self { database: DatabaseServer::start(engine).await, instances: Vec::new() };
         for instance in 0..instances {
             cluster.instances.push(Place {
                 proxy: Proxy::start(redis.port).await,
+                database_proxy: Proxy::start(cluster.database.port).await,
                 port: AtomicU16::new(0),
                 life: AtomicU32::new(0),
                 process: Mutex::new(None),
@@ -67,10 +63,14 @@ impl Cluster {
         }
         let insert = |id: i64| copy_of_template(id, 1);
         let mut sql: String = KEYS.chain(BALLAST).map(insert).collect();
+        let photo = match engine {
+            Engine::Sqlite => format!("randomblob({BALLAST_BYTES})"),
+            _ => format!("decode(repeat(md5(random()::text), {}), 'hex')", BALLAST_BYTES / 16),
+        };
         for id in BALLAST {
-            sql += &format!("UPDATE product SET ThumbNailPhoto = randomblob({BALLAST_BYTES}) WHERE ProductID = {id};");
+            sql += &format!("UPDATE product SET ThumbNailPhoto = {photo} WHERE ProductID = {id};");
         }
-        sqlite(&cluster.database, &format!("BEGIN; {sql} COMMIT"));
+        cluster.database.sql(&format!("BEGIN; {sql} COMMIT")).await;
         cluster
     }
 
@@ -87,6 +87,10 @@ impl Cluster {
 
     pub fn proxy(&self, instance: usize) -> &Proxy {
         &self.instances[instance].proxy
+    }
+
+    pub fn database_proxy(&self, instance: usize) -> &Proxy {
+        &self.instances[instance].database_proxy
     }
 
     pub fn signal(&self, instance: usize, name: &str) {
@@ -109,7 +113,8 @@ impl Cluster {
         let life = place.life.load(Ordering::SeqCst) + 1;
         recorder.history().births.push((instance, life, recorder.now()));
         let process = start()
-            .env("Sql", format!("sqlite:{}", self.database.display()))
+            .env("Sql", self.database.url_by(place.database_proxy.port))
+            .env("DATABASE_CONNECT_TIMEOUT_MS", 1000)
             .env("Redis", place.proxy.redis_url())
             .env("FEED_INTERVAL_MS", 0)
             .env("INVALIDATE_BUDGET_MS", 2000)
@@ -137,7 +142,7 @@ impl Cluster {
 /// SQL that inserts a row which shows this version in two places: a torn row shows two versions.
 pub fn copy_of_template(id: i64, version: u64) -> String {
     format!(
-        "INSERT INTO product SELECT {id}, 'v{version}', ProductNumber, 'v{version}', StandardCost, ListPrice, Size, Weight, \
+        "INSERT INTO product SELECT {id}, 'v{version}', 'H{id}', 'v{version}', StandardCost, ListPrice, Size, Weight, \
          ProductCategoryID, ProductModelID, SellStartDate, SellEndDate, DiscontinuedDate, ThumbNailPhoto, \
          ThumbnailPhotoFileName, rowguid, ModifiedDate FROM product WHERE ProductID = {TEMPLATE};"
     )

@@ -1,8 +1,8 @@
 //! Random histories of real processes, judged afterwards (in the spirit of Jepsen).
 //!
-//! Three instances share one SQLite file and one Redis, each by way of a proxy of its own. Writers change, delete and
+//! Three instances share one database and one Redis, each by way of proxies of its own. Writers change, delete and
 //! insert rows and deliver the trigger's batches as the host does; readers read everywhere; a nemesis, drawn from a
-//! seed, stops and kills instances and Redis, breaks links, and loses what Redis holds. Then `checker` says what the
+//! seed, stops and kills instances, Redis and the database, breaks links, and loses what Redis holds. Then `checker` says what the
 //! history should not contain, and all instances must come to show what the database holds.
 //!
 //! Part of `cargo test` with one new seed, which is printed. Longer, or the same again:
@@ -38,7 +38,7 @@ use self::{
     record::{Acknowledgement, Disturbance, Excuse, NEVER, Recorder, Seen, Write},
     workload::World,
 };
-use crate::support::redis::RedisServer;
+use crate::support::{database::Engine, redis::RedisServer};
 
 const INSTANCES: usize = 3;
 /// Length of the nemesis' plan where HISTORY_SECONDS does not say.
@@ -50,10 +50,19 @@ const HICCUP: Duration = Duration::from_millis(100);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_outdated_is_shown_whatever_happens() {
+    nothing_outdated_is_shown(Engine::Sqlite).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_outdated_is_shown_whatever_happens_to_the_database_too() {
+    nothing_outdated_is_shown(Engine::Postgres).await;
+}
+
+async fn nothing_outdated_is_shown(engine: Engine) {
     let seconds = std::env::var("HISTORY_SECONDS").ok().map(|text| text.parse().expect("HISTORY_SECONDS: a number"));
     let length = seconds.map_or(LENGTH, Duration::from_secs);
     for seed in seeds() {
-        run(seed, length).await;
+        run(seed, engine, length).await;
     }
 }
 
@@ -68,11 +77,11 @@ fn seeds() -> Vec<u64> {
     }
 }
 
-async fn run(seed: u64, length: Duration) {
-    let steps = plan(seed, INSTANCES, length);
-    println!("history: seed {seed}, {} steps in {} s", steps.len(), length.as_secs());
+async fn run(seed: u64, engine: Engine, length: Duration) {
+    let steps = plan(seed, engine, INSTANCES, length);
+    println!("history: {engine:?}, seed {seed}, {} steps in {} s", steps.len(), length.as_secs());
     let (recorder, redis) = (Arc::new(Recorder::new()), RedisServer::start().await);
-    let cluster = Arc::new(Cluster::start(INSTANCES, &redis, &recorder).await);
+    let cluster = Arc::new(Cluster::start(engine, INSTANCES, &redis, &recorder).await);
     for key in KEYS {
         let acknowledged = Some(Acknowledgement { at: recorder.now(), instance: 0, late: false });
         let (begun, committed) = (Duration::ZERO, recorder.now());

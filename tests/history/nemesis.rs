@@ -14,6 +14,7 @@ use super::{
     record::{Disturbance, Excuse, NEVER, Recorder},
 };
 use crate::support::{
+    database::Engine,
     proxy::{Fault, Link},
     redis::RedisServer,
 };
@@ -35,13 +36,18 @@ pub enum Act {
     FlushScripts,
     KillClients,
     TrimLog,
+    /// Between an instance and the database.
+    BreakDatabase(usize, Fault),
+    StopDatabase,
+    /// The instances', on the database.
+    KillSessions,
 }
 
 use Act::*;
 
 impl Act {
     fn lasts(self) -> bool {
-        !matches!(self, FlushAll | FlushScripts | KillClients | TrimLog)
+        !matches!(self, FlushAll | FlushScripts | KillClients | TrimLog | KillSessions)
     }
 
     /// What is broken: two at once are of different things.
@@ -49,6 +55,8 @@ impl Act {
         match self {
             Break(instance, ..) => (0, instance),
             StopInstance(instance) | KillInstance(instance) => (1, instance),
+            BreakDatabase(instance, _) => (3, instance),
+            StopDatabase | KillSessions => (4, 0),
             _ => (2, 0),
         }
     }
@@ -57,6 +65,8 @@ impl Act {
     fn disturbance(self, what: String) -> Option<Disturbance> {
         let (instance, excuse) = match self {
             FlushScripts | TrimLog => return None,
+            BreakDatabase(instance, _) => (Some(instance), Excuse::Ignorance),
+            StopDatabase | KillSessions => (None, Excuse::Ignorance),
             Break(instance, ..) => (Some(instance), Excuse::Deafness),
             StopInstance(instance) => (Some(instance), Excuse::Pause),
             KillInstance(instance) => (Some(instance), Excuse::Death),
@@ -104,16 +114,21 @@ enum Theme {
     Gap,
     /// Redis is away for longer than a batch is retried.
     Outage,
+    /// The database cannot be asked, by one instance or by all.
+    Ignorance,
     Anything,
 }
 
 /// The steps for this seed: as many as begin within `length`.
-pub fn plan(seed: u64, instances: usize, length: Duration) -> Vec<Step> {
+pub fn plan(seed: u64, engine: Engine, instances: usize, length: Duration) -> Vec<Step> {
     let mut dice = StdRng::seed_from_u64(seed);
     let (mut steps, mut themes, mut taken) = (Vec::new(), Vec::new(), Duration::ZERO);
     while taken < length {
         if themes.is_empty() {
             themes = vec![Theme::Deaf, Theme::Gap, Theme::Outage, Theme::Anything, Theme::Anything, Theme::Anything];
+            if engine != Engine::Sqlite {
+                themes.extend([Theme::Ignorance, Theme::Ignorance]);
+            }
             themes.shuffle(&mut dice);
         }
         let step = step(&mut dice, themes.pop().unwrap(), instances);
@@ -140,6 +155,13 @@ fn step(dice: &mut StdRng, theme: Theme, instances: usize) -> Step {
         Theme::Outage => {
             let death = dice.random_ratio(1, 3).then_some((KillInstance(instance), 0.1..0.4, 0.5..0.9));
             (*[StopRedis, KillRedis, silent].choose(dice).unwrap(), 2500..4000, death, settles)
+        }
+        Theme::Ignorance => {
+            let faults = [Fault::Refuse, Fault::Stall, Fault::StallRequests, Fault::CutMidReply, Fault::Garbage];
+            let broken = BreakDatabase(instance, *faults.choose(dice).unwrap());
+            let outer = *[broken, broken, broken, StopDatabase, KillSessions].choose(dice).unwrap();
+            let inner = dice.random::<bool>().then(|| (within(dice, outer, instances), 0.1..0.5, 0.5..0.95));
+            (outer, 500..3000, inner, settles)
         }
         Theme::Anything => {
             let outer = draw(dice, instances);
@@ -231,6 +253,9 @@ impl Nemesis<'_> {
             FlushScripts => drop(self.redis.command(&["SCRIPT", "FLUSH"]).await),
             KillClients => drop(self.redis.command(&["CLIENT", "KILL", "TYPE", "normal"]).await),
             TrimLog => drop(self.redis.command(&["XTRIM", "product-cache:log", "MAXLEN", "1"]).await),
+            BreakDatabase(instance, fault) => self.cluster.database_proxy(instance).set(fault),
+            StopDatabase => self.cluster.database.signal("STOP"),
+            KillSessions => self.cluster.database.kill_sessions().await,
         }
         place
     }
@@ -242,7 +267,9 @@ impl Nemesis<'_> {
             KillInstance(instance) => self.cluster.revive(instance, self.recorder).await,
             StopRedis => self.redis.signal("CONT"),
             KillRedis => self.redis.restart().await,
-            FlushAll | FlushScripts | KillClients | TrimLog => {}
+            BreakDatabase(instance, _) => self.cluster.database_proxy(instance).set(Fault::None),
+            StopDatabase => self.cluster.database.signal("CONT"),
+            FlushAll | FlushScripts | KillClients | TrimLog | KillSessions => {}
         }
         if let Some(place) = place {
             self.recorder.over(place);

@@ -42,12 +42,12 @@ pub struct Read {
 impl Read {
     /// Whether the answer itself says that it may be outdated.
     pub fn says_stale(&self) -> bool {
-        self.says_failed() || self.status.contains("detail=database-slow")
+        self.says_failed() || self.status.contains("database-slow")
     }
 
     /// Whether it says that the database failed.
     pub fn says_failed(&self) -> bool {
-        self.status.contains("detail=database-failed")
+        self.status.contains("database-failed")
     }
 }
 
@@ -74,6 +74,8 @@ pub struct Acknowledgement {
 /// What a disturbance excuses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Excuse {
+    /// A stale answer that says so, or none: the database cannot be asked.
+    Ignorance,
     /// Hearing the log late.
     Deafness,
     /// That, and answering late or, as loads time out, not at all.

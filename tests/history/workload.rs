@@ -11,7 +11,7 @@ use std::{
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::IteratorRandom};
 use tokio::{
     sync::RwLock,
-    task::{JoinHandle, spawn_blocking},
+    task::JoinHandle,
     time::{sleep, timeout},
 };
 
@@ -22,7 +22,6 @@ use super::{
 use crate::support::{
     http::{self, Reply},
     instance::try_invalidate,
-    sqlite,
 };
 
 /// Longer than any pause of an instance: a delivery that is not answered was lost with its instance.
@@ -181,8 +180,7 @@ async fn write_for_ever(world: World, key: i64) {
             history.writes.push(Write { key, version, deleted, begun, committed: begun, acknowledged: None });
             history.writes.len() - 1
         };
-        let file = world.cluster.database.clone();
-        spawn_blocking(move || sqlite(&file, &sql)).await.expect("committed");
+        world.cluster.database.sql(&sql).await;
         world.recorder.history().writes[place].committed = world.recorder.now();
 
         let acknowledged = deliver(&world, key, &mut dice).await;

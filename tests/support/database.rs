@@ -109,6 +109,16 @@ impl DatabaseServer {
         self.session().await.sql(sql).await;
     }
 
+    /// Ends every connection of the handler's login.
+    pub async fn kill_sessions(&self) {
+        self.sql(match self.engine {
+            Engine::Sqlite => unreachable!("has none"),
+            Engine::Postgres => "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'handler'",
+            Engine::MariaDb => "KILL USER handler",
+        })
+        .await;
+    }
+
     /// Connections of the handler's login.
     pub async fn connections(&self) -> i64 {
         let count = match self.engine {
@@ -263,7 +273,7 @@ fn start_server(engine: Engine, data: &Path, port: u16) -> Child {
             command.args(["--no-defaults", "--user=mysql", "--bind-address=127.0.0.1"]).args(SMALL_MARIADB);
             command.arg(format!("--port={port}")).arg(format!("--datadir={}", data.display()));
             command.arg(format!("--socket={}", data.with_file_name("socket").display()));
-            command.args(["--innodb-flush-log-at-trx-commit=0", "--skip-log-bin", "--innodb-use-native-aio=0"]);
+            command.args(["--innodb-flush-log-at-trx-commit=2", "--skip-log-bin", "--innodb-use-native-aio=0"]);
             command
         }
     };

@@ -1,0 +1,207 @@
+//! The handler on a database server: what it promises of the database's faults, of its change feed, of a stampede.
+
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use tokio::time::timeout;
+
+use super::{for_every_engine, for_every_server};
+use crate::scenarios::{STAMPEDE, stampede};
+use crate::support::{
+    database::{DatabaseServer, Engine},
+    eventually,
+    http::Reply,
+    instance::{Instance, Start, start},
+    proxy::{Fault, Proxy},
+    redis::RedisServer,
+};
+
+for_every_engine![
+    two_instances_without_redis_agree_by_the_feed,
+    what_changed_while_nobody_ran_is_not_served_from_redis
+];
+for_every_server![every_fault_of_the_database, ten_thousand_clients_of_a_cold_key_are_one_query_to_the_database];
+
+/// No answer may take longer: the deadlines set below, several times over, on a small machine.
+const DEADLINE: Duration = Duration::from_secs(6);
+
+/// Products that the instance knows, never hears of before, and is told have changed.
+const HIT: i64 = 680;
+const MISS: i64 = 706;
+const STALE: i64 = 707;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trouble {
+    Proxy(Fault),
+    Killed,
+    Stopped,
+    Restarted,
+}
+
+fn on(url: &str) -> Start {
+    start()
+        .env("Sql", url)
+        .env("CACHE_HARD_TIMEOUT_MS", 1000)
+        .env("DATABASE_CONNECT_TIMEOUT_MS", 800)
+        .env("CACHE_FAIL_SAFE_THROTTLE_S", 1)
+}
+
+fn shows(reply: &Reply, name: &str) -> bool {
+    reply.status == 200 && reply.text().contains(&format!("\"name\":\"{name}\""))
+}
+
+async fn in_time(what: &str, reply: impl Future<Output = Reply>) -> Reply {
+    timeout(DEADLINE, reply).await.unwrap_or_else(|_| panic!("{what}: no answer in {DEADLINE:?}"))
+}
+
+async fn rename(server: &DatabaseServer, id: i64, name: &str) {
+    server.sql(&format!("UPDATE product SET Name = '{name}' WHERE ProductID = {id}")).await;
+}
+
+async fn every_fault_of_the_database(engine: Engine) {
+    let harmless = Fault::Slow(Duration::from_millis(50)); // slower than usual, faster than the deadlines
+    let rows = [
+        (Trouble::Proxy(Fault::Refuse), false),
+        (Trouble::Proxy(Fault::Stall), false),
+        (Trouble::Proxy(harmless), true),
+        (Trouble::Proxy(Fault::Slow(Duration::from_millis(1500))), false),
+        (Trouble::Proxy(Fault::CutMidReply), false),
+        (Trouble::Proxy(Fault::Garbage), false),
+        (Trouble::Killed, false),
+        (Trouble::Stopped, false),
+        (Trouble::Restarted, true),
+    ];
+    for rows in rows.chunks(3) {
+        join_all(rows.iter().map(|(trouble, answers)| fault(engine, *trouble, *answers))).await;
+    }
+}
+
+/// One row of the fault table. `answers`: the database answers in spite of the trouble.
+async fn fault(engine: Engine, trouble: Trouble, answers: bool) {
+    let redis = RedisServer::start().await;
+    let mut server = DatabaseServer::start(engine).await;
+    let proxy = Proxy::start(server.port).await;
+    for id in [HIT, MISS, STALE] {
+        rename(&server, id, "old").await;
+    }
+    let settings = |url: &str| on(url).env("Redis", redis.url()).env("FEED_INTERVAL_MS", 0);
+    let instance = settings(&server.url_by(proxy.port)).env("DATABASE_MAX_CONNECTIONS", 3).up().await;
+    for id in [HIT, STALE] {
+        assert!(shows(&instance.product(id).await, "old"));
+    }
+    rename(&server, STALE, "new").await;
+    match trouble {
+        Trouble::Proxy(fault) => proxy.set(fault),
+        Trouble::Killed => server.kill(),
+        Trouble::Stopped => server.signal("STOP"),
+        Trouble::Restarted => server.restart().await,
+    }
+
+    let expire = in_time("expire", instance.invalidate(&[STALE])).await;
+    assert_eq!(expire.status, 200, "{trouble:?}: an expiry does not need the database: {}", expire.text());
+    let hit = in_time("hit", instance.product(HIT)).await;
+    assert!(shows(&hit, "old") && hit.header("cache-status").starts_with("L1; hit"), "{trouble:?}: {hit:?}");
+    let miss = in_time("miss", instance.product(MISS)).await;
+    let stale = in_time("stale", instance.product(STALE)).await;
+    if answers {
+        assert!(shows(&miss, "old"), "{trouble:?}: {}", miss.text());
+        assert!(shows(&stale, "new"), "{trouble:?}: {}", stale.header("cache-status"));
+    } else {
+        assert_eq!((miss.status, miss.header("retry-after")), (503, "5"), "{trouble:?}: {}", miss.text());
+        assert_eq!(miss.header("content-type"), "application/problem+json", "{trouble:?}");
+        assert!(shows(&stale, "old"), "{trouble:?}: {}", stale.text());
+        assert!(stale.header("cache-status").contains("database-failed"), "{trouble:?}: {stale:?}");
+    }
+    assert_eq!(instance.get("/").await.status, 200, "{trouble:?}: the probe asks nobody");
+
+    match trouble {
+        Trouble::Proxy(_) => proxy.set(Fault::None),
+        Trouble::Killed => server.restart().await,
+        Trouble::Stopped => server.signal("CONT"),
+        Trouble::Restarted => {}
+    }
+    eventually("a miss is loaded", async || shows(&instance.product(MISS).await, "old").then_some(())).await;
+    eventually("nothing is stale", async || shows(&instance.product(STALE).await, "new").then_some(())).await;
+    assert!(server.connections().await <= 3, "{trouble:?}");
+}
+
+async fn two_instances_without_redis_agree_by_the_feed(engine: Engine) {
+    let server = DatabaseServer::start(engine).await;
+    let settings = |url: &str| on(url).env("FEED_INTERVAL_MS", 100);
+    let instances = [settings(&server.url()).up().await, settings(&server.url()).up().await];
+    let all_show = async |id: i64, name: &str| {
+        for instance in &instances {
+            eventually("everybody knows", async || shows(&instance.product(id).await, name).then_some(())).await;
+        }
+    };
+    rename(&server, 680, "one").await;
+    all_show(680, "one").await;
+    rename(&server, 680, "two").await;
+    all_show(680, "two").await;
+    server.sql("DELETE FROM product WHERE ProductID = 680").await;
+    for instance in &instances {
+        eventually("it is gone", async || (instance.product(680).await.status == 404).then_some(())).await;
+        let again = instance.product(680).await;
+        assert!(again.header("cache-status").starts_with("L1; hit"), "no one asks twice: {again:?}");
+    }
+}
+
+async fn what_changed_while_nobody_ran_is_not_served_from_redis(engine: Engine) {
+    let (server, redis) = (DatabaseServer::start(engine).await, RedisServer::start().await);
+    let settings = || on(&server.url()).env("Redis", redis.url()).env("FEED_INTERVAL_MS", 50);
+    rename(&server, 680, "before").await;
+    let mut first = settings().up().await;
+    assert!(shows(&first.product(680).await, "before"));
+    assert!(shows(&first.product(706).await, "Sport-100 Helmet, Red") || first.product(706).await.status == 200);
+    first.signal("TERM");
+    first.exit_code().await;
+
+    rename(&server, 680, "after").await;
+    let second = settings().up().await;
+    assert!(shows(&second.product(680).await, "after"));
+    let other = second.product(706).await;
+    assert!(other.header("cache-status").starts_with("L2; hit"), "the rest is still good: {other:?}");
+}
+
+/// Counts the queries of products in the database, and makes each of them last a moment.
+async fn count_queries(server: &DatabaseServer) {
+    let script = match server.engine {
+        Engine::Postgres => {
+            "CREATE SEQUENCE queries; GRANT USAGE ON queries TO handler;
+             ALTER TABLE product RENAME TO product_rows;
+             CREATE VIEW product AS WITH counted AS MATERIALIZED (SELECT nextval('queries'), pg_sleep(0.3))
+               SELECT product_rows.* FROM counted, product_rows;
+             GRANT SELECT ON product TO handler"
+        }
+        _ => {
+            "CREATE SEQUENCE queries;
+             CREATE FUNCTION counted() RETURNS BIGINT NOT DETERMINISTIC SQL SECURITY DEFINER
+               RETURN nextval(queries) + sleep(0.3);
+             RENAME TABLE product TO product_rows;
+             CREATE SQL SECURITY DEFINER VIEW product AS
+               SELECT product_rows.* FROM product_rows, (SELECT counted() LIMIT 1) AS counted;
+             GRANT SELECT ON product TO handler"
+        }
+    };
+    server.sql(script).await;
+}
+
+async fn queries(server: &DatabaseServer) -> i64 {
+    let next = match server.engine {
+        Engine::Postgres => "SELECT nextval('queries')",
+        _ => "SELECT nextval(queries)",
+    };
+    server.session().await.number(next).await - 1
+}
+
+async fn ten_thousand_clients_of_a_cold_key_are_one_query_to_the_database(engine: Engine) {
+    for count in [1, 4] {
+        let (server, redis) = (DatabaseServer::start(engine).await, RedisServer::start().await);
+        count_queries(&server).await;
+        let settings = || on(&server.url()).env("Redis", redis.url()).env("FEED_INTERVAL_MS", 0);
+        let up = |_| settings().env("CACHE_HARD_TIMEOUT_MS", 5000).up();
+        let instances: Vec<Instance> = join_all((0..count).map(up)).await;
+        stampede(&instances.iter().collect::<Vec<_>>(), STAMPEDE).await;
+        assert_eq!(queries(&server).await, 1, "on {count} instances");
+    }
+}
