@@ -4,16 +4,27 @@
 //! Knows neither Redis nor the database. Invariants: C1, at most one joinable flight per key; C3, a flight's result is
 //! kept only if its key was not expired since the flight began, whatever came first.
 
+#[cfg(all(test, feature = "shuttle"))]
+mod interleavings;
+
 use std::{
     collections::HashMap,
     hash::{BuildHasher, RandomState},
-    sync::{
-        Arc, Mutex, MutexGuard, OnceLock,
-        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
-    },
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
+// Locks and atomics are `interleavings`' where those are tested: the one place where the two builds differ, but for
+// `Inner::fly`.
+#[cfg(feature = "shuttle")]
+use shuttle::sync as primitives;
+#[cfg(not(feature = "shuttle"))]
+use std::sync as primitives;
+
+use self::primitives::{
+    Mutex, MutexGuard,
+    atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
+};
 use quick_cache::{OptionsBuilder, Weighter, sync};
 use tokio::{sync::watch, time::Instant};
 

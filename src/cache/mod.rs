@@ -484,7 +484,11 @@ impl Inner {
     /// Starts the flights, apart from whoever asked for them.
     fn fly(self: &Arc<Self>, leads: Vec<Guard>, load: &Load) {
         if !leads.is_empty() {
-            self.background.spawn(load::run(self.clone(), leads, load.clone()));
+            let flights = load::run(self.clone(), leads, load.clone());
+            #[cfg(not(feature = "shuttle"))]
+            self.background.spawn(flights);
+            #[cfg(feature = "shuttle")] // see memory's tests of interleavings
+            drop(shuttle::future::spawn(flights));
         }
     }
 
