@@ -12,7 +12,7 @@ use crate::config::Role;
 /// Installs the subscriber and the panic hook. A second call in one process (tests) changes nothing.
 pub fn init(level: &str, role: Role) {
     let builder = tracing_subscriber::fmt()
-        .with_env_filter(format!("{level},sqlx=warn,actix_server=warn,actix_http=off"))
+        .with_env_filter(format!("{level},sqlx=warn,tiberius=off,actix_server=warn,actix_http=off"))
         .with_ansi(false)
         .with_target(false)
         .with_writer(Streams);

@@ -17,4 +17,5 @@ mod invalidate_cache;
 mod model;
 mod repository;
 mod scenarios;
+mod sql_server;
 mod startup;

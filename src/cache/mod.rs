@@ -210,6 +210,7 @@ struct Inner {
     position: Mutex<Option<Position>>,
     heard_once: watch::Sender<bool>,
     failures: Sparsely,
+    #[cfg_attr(feature = "shuttle", allow(dead_code))] // see `fly`
     background: Handle,
 }
 

@@ -72,7 +72,7 @@ pub enum Login {
 /// How a connection is protected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Tls {
-    /// Not at all.
+    /// Not at all; SQL Server's login alone is, with whoever answers, as ADO.NET does it.
     Off,
     /// Encrypted, but with whoever answers.
     Unverified,

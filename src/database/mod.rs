@@ -3,10 +3,12 @@
 //! The only place that names a driver; one file per engine. Knows no entity: a [`Table`] says which columns to read
 //! and as what, a [`Row`] holds their values in that order. Connects on first use, never at start.
 
+mod entra;
 mod gaps;
 mod mysql;
 mod pool;
 mod postgres;
+mod sql_server;
 mod sqlite;
 
 use std::{fmt, time::Duration};
@@ -168,7 +170,7 @@ impl Database {
             Source::Sqlite(url) => Box::new(sqlite::Sqlite::named(config, url)),
             Source::Postgres(server) => Box::new(postgres::Postgres::new(config, server)),
             Source::MySql(server) => Box::new(mysql::MySql::new(config, server)),
-            Source::SqlServer(_) => unreachable!("not yet"),
+            Source::SqlServer(server) => Box::new(sql_server::SqlServer::new(config, server)),
         };
         Self { engine, query_timeout: config.query_timeout, feed_interval: config.feed_interval }
     }

@@ -1,4 +1,5 @@
-//! What tests stand on: the binary as a process, private Redis servers, a proxy that breaks connections, HTTP.
+//! What tests stand on: the binary as a process, private Redis servers, a proxy that breaks connections, a
+//! stand-in for SQL Server, HTTP.
 //!
 //! Everything listens on 127.0.0.1 at a port the system chose, lives in a folder of its own, and ends with its owner.
 
@@ -6,9 +7,11 @@ pub mod database;
 #[allow(dead_code, unused_imports)] // a model of the host: more of it than any one test needs
 pub mod host;
 pub mod http;
+pub mod identity;
 pub mod instance;
 pub mod proxy;
 pub mod redis;
+pub mod tds;
 
 use std::time::Duration;
 
