@@ -6,12 +6,14 @@
 -- To watch a product table that exists already, leave out CREATE TABLE product
 -- and everything from "Seed" on, but for the triggers at the end.
 --
--- The handler's own login needs no more than this (before MySQL 8.0.22 also
--- UPDATE on product_change, which it does not use but which a locking read asked
--- for):
+-- The handler's own login needs no more than this:
 --
 --   GRANT SELECT ON product TO handler;
 --   GRANT SELECT ON product_change TO handler;
+--   GRANT SELECT ON product_change_pruned TO handler;
+--
+-- Old changes are deleted by an event. MariaDB runs events only when it is told
+-- to: SET GLOBAL event_scheduler = ON (or in its configuration).
 
 CREATE TABLE product (
   ProductID INT NOT NULL PRIMARY KEY CHECK (ProductID > 0),
@@ -42,6 +44,14 @@ CREATE TABLE product_change (
   version BIGINT NOT NULL AUTO_INCREMENT PRIMARY KEY,
   ProductID INT NOT NULL
 ) ENGINE = InnoDB;
+
+-- The highest version that was deleted from the feed: a reader who stands before
+-- it has missed something, and is told so by this.
+CREATE TABLE product_change_pruned (
+  only_row INT NOT NULL PRIMARY KEY DEFAULT 1 CHECK (only_row = 1),
+  version BIGINT NOT NULL
+) ENGINE = InnoDB;
+INSERT INTO product_change_pruned (version) VALUES (0);
 
 -- Seed.
 
@@ -457,14 +467,26 @@ VALUES
 -- not hear of TRUNCATE TABLE, nor of what a foreign key's cascade does.
 DELIMITER //
 
--- Keeps the newest hundred thousand changes. The handler knows both numbers: it
--- tells by them whether something was deleted before it was read.
+-- Keeps the newest changes. Not in a writer's transaction, where the locks of a
+-- DELETE would make other writers wait.
+CREATE PROCEDURE product_change_prune(IN kept INT) MODIFIES SQL DATA
+BEGIN
+  DECLARE bound BIGINT;
+  SELECT max(version) - kept INTO bound FROM product_change;
+  IF EXISTS (SELECT 1 FROM product_change WHERE version <= bound) THEN
+    START TRANSACTION;
+    UPDATE product_change_pruned SET version = bound WHERE version < bound;
+    DELETE FROM product_change WHERE version <= bound;
+    COMMIT;
+  END IF;
+END //
+
+CREATE EVENT product_change_prune ON SCHEDULE EVERY 1 MINUTE DO CALL product_change_prune(100000) //
+
+-- Runs as its owner, so that writers of products need no rights on the feed.
 CREATE PROCEDURE product_changed(IN id INT) MODIFIES SQL DATA SQL SECURITY DEFINER
 BEGIN
   INSERT INTO product_change (ProductID) VALUES (id);
-  IF LAST_INSERT_ID() % 1000 = 0 THEN
-    DELETE FROM product_change WHERE version <= CAST(LAST_INSERT_ID() AS SIGNED) - 100000;
-  END IF;
 END //
 
 CREATE TRIGGER product_inserted AFTER INSERT ON product FOR EACH ROW CALL product_changed(NEW.ProductID) //

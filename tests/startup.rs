@@ -240,3 +240,23 @@ async fn other_peoples_variables_are_not_ours_misspelled() {
     let instance = names.iter().fold(start(), |start, name| start.env(name, "x")).up().await;
     assert_eq!(instance.product(680).await.status, 200);
 }
+
+#[tokio::test]
+async fn no_database_password_is_told_to_anybody() {
+    for sql in [
+        "postgres://user:hunter2@127.0.0.1:1/shop",
+        "mysql://user:hunter2@127.0.0.1:1/shop",
+        "Server=127.0.0.1,1;Database=shop;User ID=user;Password=hunter2",
+    ] {
+        let mut instance = start().env("Sql", sql).env("LOG_LEVEL", "trace").listening().await;
+        let reply = instance.product(680).await;
+        assert_eq!(reply.status, 503, "{sql}");
+        instance.stderr.wait_for("the database cannot be opened yet").await;
+        instance.stderr.wait_for("the change feed cannot be heard").await;
+        instance.signal("TERM");
+        instance.exit_code().await;
+        for text in [instance.stdout.text(), instance.stderr.text(), reply.text().to_owned()] {
+            assert!(!text.contains("hunter2"), "{text}");
+        }
+    }
+}

@@ -254,11 +254,11 @@ impl L2 {
         Ok(reply.and_then(Result::ok).and_then(|reply| redis::from_redis_value(reply).ok()).flatten())
     }
 
-    /// Keeps it, if Redis can be reached.
-    pub(super) async fn keep_note(&self, name: &str, text: &str) {
+    /// Keeps it; `false` if Redis cannot be reached.
+    pub(super) async fn keep_note(&self, name: &str, text: &str) -> bool {
         let mut command = redis::cmd("SET");
         command.arg(format!("{}:{name}", self.prefix)).arg(text);
-        let _ = self.redis.send(&[command]).await;
+        self.redis.send(&[command]).await.is_ok_and(|replies| replies.iter().all(Result::is_ok))
     }
 
     fn name(&self, key: &Key) -> String {

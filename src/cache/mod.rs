@@ -324,6 +324,11 @@ impl Cache {
         tokio::time::timeout(budget, inner.queue.delivered(number)).await.map_err(|_| Undelivered { budget })
     }
 
+    /// Whether Redis has been told of every expiry.
+    pub fn owes_nothing(&self) -> bool {
+        self.inner.queue.len() == (0, false)
+    }
+
     /// A text that instances leave for those to come. `Ok(None)`: nobody has, or there is no Redis to keep it in.
     pub async fn note(&self, name: &str) -> Result<Option<String>, crate::redis::Error> {
         match &self.inner.shared {
@@ -332,10 +337,11 @@ impl Cache {
         }
     }
 
-    /// Leaves such a text. Best effort.
-    pub async fn keep_note(&self, name: &str, text: &str) {
-        if let Some(remote) = &self.inner.shared {
-            remote.l2.keep_note(name, text).await;
+    /// Leaves such a text; `false` if it was not kept.
+    pub async fn keep_note(&self, name: &str, text: &str) -> bool {
+        match &self.inner.shared {
+            Some(remote) => remote.l2.keep_note(name, text).await,
+            None => false,
         }
     }
 

@@ -80,7 +80,7 @@ pub const SETTINGS: &[Setting] = &[
     number("CACHE_LOADS_MAX", "0", 0, 1000, "Loads that ask the database at once; 0: as many as it has connections."),
     number("CACHE_LOADS_QUEUED_MAX", "256", 0, 100_000, "Loads that may wait for their turn; more are answered stale or 503 at once. 256 waits of a few milliseconds stay well below the hard timeout."),
     number("CACHE_BREAKER_FAILURES", "5", 0, 1000, "Failed loads in a row after which the database is left alone but for probes; 0: never."),
-    number("CACHE_BREAKER_PAUSE_MS", "1000", 10, 600_000, "Pause between two probes (a quarter more or less): recovery is noticed within about a second."),
+    number("CACHE_BREAKER_PAUSE_MS", "750", 10, 600_000, "Pause between two probes (a quarter more or less): recovery is noticed within a second."),
 
     number("REDIS_POOL_SIZE", "2", 1, 64, "Shared connections. Each carries all requests at once, so two are for resilience, not for throughput. One more is used by the invalidation log."),
     Setting { name: "REDIS_FRUGAL", default: "off", kind: Kind::Word(&["on", "off"]), meaning: "`on`: one Redis connection per instance in all; the invalidation log is polled over it." },

@@ -7,7 +7,7 @@ use std::{collections::BTreeSet, fmt, ops::RangeInclusive, str::FromStr};
 
 /// Looks that a gap is given before the engine is asked whether anybody still holds it: commits take less than that.
 const LOOKS: u32 = 5;
-/// With more gaps, those noticed together become one; what was seen between them is then read again.
+/// With more gaps, those noticed together become one, then the oldest; what was seen between them is then read again.
 const MAX: usize = 64;
 
 /// As text: `<highest>`, then ` <from>-<to>*<looks>` for each gap.
@@ -67,6 +67,13 @@ impl Gaps {
                 together
             });
         }
+        // The oldest ones have been looked at more than twice as often as it takes.
+        while self.missing.len() > MAX {
+            let oldest = self.missing.remove(0);
+            let next = &mut self.missing[0];
+            next.versions = *oldest.versions.start()..=*next.versions.end();
+            next.looks = next.looks.max(oldest.looks);
+        }
     }
 
     fn add(&mut self, versions: RangeInclusive<i64>, looks: u32) {
@@ -87,10 +94,10 @@ impl Gaps {
         due
     }
 
-    /// The engine says that nobody holds any of those that were due. The second time it is believed: a version is taken
-    /// a moment before its row is written and held.
-    pub(super) fn nobody_holds(&mut self) {
-        self.missing.retain(|gap| !gap.looks.is_multiple_of(LOOKS) || gap.looks < 2 * LOOKS);
+    /// The engine says that nobody holds these, which were due. The second time it is believed: a version is taken a
+    /// moment before its row is written and held.
+    pub(super) fn nobody_holds(&mut self, versions: &RangeInclusive<i64>) {
+        self.missing.retain(|gap| gap.looks < 2 * LOOKS || gap.versions != *versions);
     }
 }
 
@@ -143,11 +150,9 @@ mod tests {
         let mut gaps = Gaps::begin(&set([2]));
         let asked: Vec<_> = (1..=2 * LOOKS)
             .filter(|_| {
-                let due = !gaps.look().is_empty();
-                if due {
-                    gaps.nobody_holds();
-                }
-                due
+                let due = gaps.look();
+                due.iter().for_each(|gap| gaps.nobody_holds(gap));
+                !due.is_empty()
             })
             .collect();
         assert_eq!(asked, [LOOKS, 2 * LOOKS]);
@@ -167,6 +172,20 @@ mod tests {
     fn more_gaps_than_are_kept_become_few_wide_ones() {
         let gaps = Gaps::begin(&set((0..10_000).map(|version| version * 3)));
         assert_eq!(gaps.missing(), [1..=29_996]);
+    }
+
+    #[test]
+    fn one_gap_that_is_held_does_not_make_the_others_pile_up() {
+        let mut gaps = Gaps::begin(&set([2])); // 1 is held
+        for version in (4..4000).step_by(2) {
+            gaps.seen(&set([version]));
+            for gap in gaps.look() {
+                if !gap.contains(&1) {
+                    gaps.nobody_holds(&gap);
+                }
+            }
+            assert!(gaps.missing().len() <= MAX && gaps.missing()[0].contains(&1));
+        }
     }
 
     proptest! {
@@ -197,11 +216,14 @@ mod tests {
                 delivered.extend(found.iter().copied());
                 gaps.seen(&found);
                 let due = gaps.look();
-                let held = opened.iter().any(|(begin, end, taken, _)| *begin <= now && now < *end
-                    && due.iter().any(|gap| taken.clone().any(|version| gap.contains(&version))));
-                if !held && !due.is_empty() {
-                    gaps.nobody_holds();
+                for gap in due {
+                    let held = opened.iter().any(|(begin, end, taken, _)| *begin <= now && now < *end
+                        && taken.clone().any(|version| gap.contains(&version)));
+                    if !held {
+                        gaps.nobody_holds(&gap);
+                    }
                 }
+                prop_assert!(gaps.missing().len() <= MAX);
             }
             let committed: BTreeSet<i64> = opened.iter().filter(|transaction| transaction.3)
                 .flat_map(|(_, _, taken, _)| taken.clone()).collect();

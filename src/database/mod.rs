@@ -6,6 +6,7 @@
 mod entra;
 mod gaps;
 mod mysql;
+mod over_sqlx;
 mod pool;
 mod postgres;
 mod sql_server;
@@ -158,7 +159,7 @@ trait Engine: Send + Sync {
         std::future::pending().boxed()
     }
 
-    /// Closes every connection, waiting for queries in flight.
+    /// Closes the connections; one at work is closed when it is done.
     fn close(&self) -> BoxFuture<'_, ()>;
 }
 
@@ -207,7 +208,7 @@ impl Database {
         self.feed_interval
     }
 
-    /// Closes every connection, waiting for queries in flight.
+    /// Closes the connections; one at work is closed when it is done.
     pub async fn close(&self) {
         self.engine.close().await;
     }
@@ -220,22 +221,15 @@ impl Database {
 }
 
 /// A decimal as a column of this scale shows it: rounded as SQL Server rounds what is stored in a money column.
-fn rescaled(mut decimal: Decimal, scale: u32) -> Value {
+fn rescaled(mut decimal: Decimal, scale: u32) -> Result<Value, &'static str> {
     decimal = decimal.round_dp_with_strategy(scale, RoundingStrategy::MidpointAwayFromZero);
     decimal.rescale(scale);
-    Value::Decimal(decimal)
+    // With too many digits before the point, it keeps fewer behind it.
+    if decimal.scale() == scale { Ok(Value::Decimal(decimal)) } else { Err("has more than 28 digits") }
 }
 
 /// After which a server itself ends a query that nobody waits for any more: a little later than who waited gave up, so
 /// that it is always he who says so.
 fn server_side(query_timeout: Duration) -> Duration {
     query_timeout + Duration::from_secs(1)
-}
-
-/// What went wrong, in the server's own words where it said something.
-fn problem(error: &sqlx::Error) -> String {
-    match error {
-        sqlx::Error::Database(error) => error.message().to_owned(),
-        error => error.to_string(),
-    }
 }

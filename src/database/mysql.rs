@@ -15,22 +15,24 @@ use futures_util::{FutureExt, future::BoxFuture};
 use rust_decimal::Decimal;
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, Row as _, TypeInfo, ValueRef,
-    mysql::{MySqlConnectOptions, MySqlConnection, MySqlRow, MySqlSslMode},
+    error::DatabaseError,
+    mysql::{MySqlConnectOptions, MySqlConnection, MySqlDatabaseError, MySqlRow, MySqlSslMode},
 };
 
 use super::{
     BadRow, Changes, Engine, Error, Kind, Position, Row, Table, Value,
     gaps::Gaps,
+    over_sqlx::{self, get},
     pool::{Connect, Failure, Pool},
 };
 use crate::config::{self, Login, Server, Tls};
 
 /// Changes read at once: bounds memory; more is asked for at once.
 const FEED_PAGE: i64 = 10_000;
-/// How the schema's procedure deletes old changes: when a version is a multiple of the step, those this much lower.
-const PRUNE: (i64, i64) = (1000, 100_000);
-/// Names a server among those that a client may be led to: their versions are not each other's.
-const ORIGIN: &str = "concat(@@hostname, ':', @@port, ':', @@server_id)";
+/// Names a database among those that a client may be led to: their versions are not each other's.
+const ORIGIN: &str = "concat(@@hostname, ':', @@port, ':', @@server_id, ':', replace(database(), ' ', '_'))";
+/// A row is locked: lock wait timeout in MariaDB, its own error in MySQL.
+const LOCKED: [u16; 2] = [1205, 3572];
 
 pub(super) struct MySql {
     pool: Pool<Opener>,
@@ -43,28 +45,31 @@ struct Opener {
     query_timeout: Duration,
 }
 
-impl Connect for Opener {
-    type Connection = MySqlConnection;
+struct Session {
+    connection: MySqlConnection,
+    is_mariadb: bool,
+}
 
-    async fn connect(&self) -> Result<MySqlConnection, Failure> {
+impl Connect for Opener {
+    type Connection = Session;
+
+    async fn connect(&self) -> Result<Session, Failure> {
         let mut connection = self.options.connect().await.map_err(failure)?;
         let version: String =
             sqlx::query_scalar("SELECT version()").fetch_one(&mut connection).await.map_err(failure)?;
-        let limit = match version.contains("MariaDB") {
+        let is_mariadb = version.contains("MariaDB");
+        let limit = match is_mariadb {
             true => format!("max_statement_time = {}", self.query_timeout.as_secs_f64()),
             false => format!("max_execution_time = {}", self.query_timeout.as_millis()),
         };
-        // Read committed: a locking read must not lock gaps that writers want. One second is the shortest lock wait.
-        let set = format!(
-            "SET SESSION {limit}, SESSION innodb_lock_wait_timeout = 1;
-             SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED"
-        );
+        // Read committed: a locking read must not lock gaps that writers want.
+        let set = format!("SET SESSION {limit}; SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED");
         sqlx::raw_sql(AssertSqlSafe(set)).execute(&mut connection).await.map_err(failure)?;
-        Ok(connection)
+        Ok(Session { connection, is_mariadb })
     }
 
-    async fn ping(&self, connection: &mut MySqlConnection) -> Result<(), Failure> {
-        connection.ping().await.map_err(failure)
+    async fn ping(&self, session: &mut Session) -> Result<(), Failure> {
+        session.connection.ping().await.map_err(failure)
     }
 }
 
@@ -82,8 +87,8 @@ impl MySql {
         let columns: Vec<_> = table.columns.iter().map(|(name, _)| *name).collect();
         let sql = format!("SELECT {}, {} FROM {}", table.key, columns.join(", "), table.name);
         let is_key = format!("{} = ?", table.key);
-        let rows = self.any_of(&sql, &is_key, keys.iter().map(|key| vec![*key]).collect(), "").await?;
-        Ok(rows.iter().map(|row| decode(table, row)).collect())
+        let rows = self.any_of(&sql, &is_key, keys.iter().map(|key| vec![*key]).collect()).await?;
+        Ok(rows.iter().map(|row| over_sqlx::row(table, row, decode_value)).collect())
     }
 
     /// Runs a query for rows that meet the condition with any of these parameters. Their number is filled up to a power
@@ -93,31 +98,34 @@ impl MySql {
         select: &str,
         condition: &str,
         mut parameters: Vec<Vec<i64>>,
-        clause: &str,
     ) -> Result<Vec<MySqlRow>, Error> {
         let Some(last) = parameters.last().cloned() else { return Ok(Vec::new()) };
         parameters.resize(parameters.len().next_power_of_two(), last);
         let conditions = vec![condition; parameters.len()].join(" OR ");
-        let sql = format!("{select} WHERE {conditions} {clause}");
-        let rows = self.pool.run(|connection| {
+        let sql = format!("{select} WHERE {conditions}");
+        let rows = self.pool.run(|session| {
             let query = sqlx::query(AssertSqlSafe(sql.clone()));
             let query = parameters.iter().flatten().fold(query, |query, number| query.bind(*number));
-            async move { query.fetch_all(connection).await.map_err(failure) }.boxed()
+            async move { query.fetch_all(&mut session.connection).await.map_err(failure) }.boxed()
         });
         rows.await
     }
 
     async fn latest_change(&self, table: &'static Table) -> Result<Position, Error> {
         // All that is kept: a version that is not there may be of a transaction still open.
-        let sql = format!("SELECT {ORIGIN}, version FROM (SELECT 1) AS here LEFT JOIN {}_change ON true", table.name);
-        let rows = self.pool.run(|connection| {
+        let sql = format!(
+            "SELECT {ORIGIN}, pruned.version, changed.version
+             FROM {name}_change_pruned AS pruned LEFT JOIN {name}_change AS changed ON true",
+            name = table.name
+        );
+        let rows = self.pool.run(|session| {
             let query = sqlx::query_as(AssertSqlSafe(sql.clone()));
-            async move { query.fetch_all(connection).await.map_err(failure) }.boxed()
+            async move { query.fetch_all(&mut session.connection).await.map_err(failure) }.boxed()
         });
-        let rows: Vec<(String, Option<i64>)> = rows.await?;
-        let gaps = Gaps::begin(&rows.iter().filter_map(|(_, version)| *version).collect());
-        let origin = rows.into_iter().next().map(|(origin, _)| origin).unwrap_or_default();
-        Ok(Mark { origin, gaps }.into())
+        let rows: Vec<(String, i64, Option<i64>)> = rows.await?;
+        let gaps = Gaps::begin(&rows.iter().filter_map(|(.., version)| *version).collect());
+        let first = rows.into_iter().next().ok_or_else(|| lacks_row(table))?;
+        Ok(Mark { origin: first.0, pruned: first.1, gaps }.into())
     }
 
     async fn changes_since(&self, table: &'static Table, position: &Position) -> Result<Changes, Error> {
@@ -128,27 +136,29 @@ impl MySql {
         let Some(mut mark) = Mark::read(position) else { return everything().await };
         let mut changes = self.read_gaps(table, &mut mark.gaps).await?;
         let sql = format!(
-            "SELECT {ORIGIN}, latest.version, changed.version, {key}
-             FROM (SELECT coalesce(max(version), 0) AS version FROM {name}_change) AS latest
+            "SELECT {ORIGIN}, pruned.version, latest.version, changed.version, {key}
+             FROM {name}_change_pruned AS pruned
+             CROSS JOIN (SELECT coalesce(max(version), 0) AS version FROM {name}_change) AS latest
              LEFT JOIN {name}_change AS changed ON changed.version > ? ORDER BY changed.version LIMIT ?",
             key = table.key,
             name = table.name,
         );
         let before = mark.gaps.highest();
-        let rows = self.pool.run(|connection| {
+        let rows = self.pool.run(|session| {
             let query = sqlx::query_as(AssertSqlSafe(sql.clone())).bind(before).bind(FEED_PAGE);
-            async move { query.fetch_all(connection).await.map_err(failure) }.boxed()
+            async move { query.fetch_all(&mut session.connection).await.map_err(failure) }.boxed()
         });
-        type Line = (String, i64, Option<i64>, Option<i32>);
+        type Line = (String, i64, i64, Option<i64>, Option<i32>);
         let rows: Vec<Line> = rows.await?;
-        let Some((origin, latest, ..)) = rows.first().cloned() else { return everything().await };
+        let (origin, pruned, latest, ..) = rows.first().cloned().ok_or_else(|| lacks_row(table))?;
         // What was not seen yet may have been deleted since the last look; or this is not what was read before.
         let unseen = mark.gaps.missing().first().map_or(before + 1, |gap| *gap.start());
-        let pruned = pruned_up_to(latest) > pruned_up_to(before) && unseen <= pruned_up_to(latest);
-        if pruned || latest < before || origin != mark.origin {
+        let missed = pruned > mark.pruned && unseen <= pruned;
+        if missed || latest.max(pruned) < before || origin != mark.origin {
             return everything().await;
         }
-        let new: BTreeMap<_, _> = rows.into_iter().filter_map(|row| row.2.zip(row.3)).collect();
+        mark.pruned = pruned;
+        let new: BTreeMap<_, _> = rows.into_iter().filter_map(|row| row.3.zip(row.4)).collect();
         let more = new.len() as i64 == FEED_PAGE;
         mark.gaps.seen(&new.keys().copied().collect());
         changes.extend(new);
@@ -159,33 +169,61 @@ impl MySql {
     /// Reads what has appeared in gaps, and settles those whose transactions were rolled back.
     async fn read_gaps(&self, table: &'static Table, gaps: &mut Gaps) -> Result<BTreeMap<i64, i32>, Error> {
         let select = format!("SELECT version, {} FROM {}_change", table.key, table.name);
-        let read = async |ranges: Vec<RangeInclusive<i64>>, clause| -> Result<BTreeMap<i64, i32>, Error> {
-            let bounds = ranges.into_iter().map(|range| vec![*range.start(), *range.end()]).collect();
-            let rows = self.any_of(&select, "version BETWEEN ? AND ?", bounds, clause).await?;
-            let changes = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect::<sqlx::Result<_>>();
-            changes.map_err(|error| Error::Unavailable(error.to_string()))
-        };
-        let mut changes = read(gaps.missing(), "").await?;
+        let bounds = gaps.missing().into_iter().map(|gap| vec![*gap.start(), *gap.end()]).collect();
+        let rows = self.any_of(&select, "version BETWEEN ? AND ?", bounds).await?;
+        let mut changes = changes(&rows)?;
         gaps.seen(&changes.keys().copied().collect());
-        // A locking read waits for whoever wrote a version and has not committed yet.
-        match read(gaps.look(), "LOCK IN SHARE MODE").await {
-            Ok(closed) => {
-                gaps.nobody_holds();
-                gaps.seen(&closed.keys().copied().collect());
-                changes.extend(closed);
-            }
-            Err(error) => tracing::debug!(%error, "a transaction that changes products is still open"),
+        for gap in gaps.look() {
+            let Some(rows) = self.unless_held(&select, &gap).await? else {
+                tracing::debug!("a transaction that changes products is still open");
+                continue;
+            };
+            gaps.nobody_holds(&gap);
+            let closed = self::changes(&rows)?;
+            gaps.seen(&closed.keys().copied().collect());
+            changes.extend(closed);
         }
         Ok(changes)
     }
+
+    /// The rows in this gap, unless somebody has written there and has not committed yet. Waits for nobody.
+    async fn unless_held(&self, select: &str, gap: &RangeInclusive<i64>) -> Result<Option<Vec<MySqlRow>>, Error> {
+        let rows = self.pool.run(|session| {
+            let locking = if session.is_mariadb { "LOCK IN SHARE MODE NOWAIT" } else { "FOR SHARE NOWAIT" };
+            let sql = format!("{select} WHERE version BETWEEN ? AND ? {locking}");
+            let query = sqlx::query(AssertSqlSafe(sql)).bind(*gap.start()).bind(*gap.end());
+            async move {
+                match query.fetch_all(&mut session.connection).await {
+                    Ok(rows) => Ok(Some(rows)),
+                    Err(sqlx::Error::Database(error))
+                        if number(&*error).is_some_and(|number| LOCKED.contains(&number)) =>
+                    {
+                        Ok(None)
+                    }
+                    Err(error) => Err(failure(error)),
+                }
+            }
+            .boxed()
+        });
+        rows.await
+    }
+}
+
+fn changes(rows: &[MySqlRow]) -> Result<BTreeMap<i64, i32>, Error> {
+    let changes = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect::<sqlx::Result<_>>();
+    changes.map_err(|error| Error::Unavailable(error.to_string()))
+}
+
+fn lacks_row(table: &'static Table) -> Error {
+    Error::Unavailable(format!("{}_change_pruned has no row: sql/mysql.sql makes it", table.name))
 }
 
 impl Engine for MySql {
     fn open(&self) -> BoxFuture<'_, Result<String, Error>> {
         async {
-            let version = self.pool.run(|connection| {
+            let version = self.pool.run(|session| {
                 let version = sqlx::query_scalar("SELECT version()");
-                async move { version.fetch_one(connection).await.map_err(failure) }.boxed()
+                async move { version.fetch_one(&mut session.connection).await.map_err(failure) }.boxed()
             });
             let version: String = version.await?;
             let product = if version.contains("MariaDB") { "MariaDB" } else { "MySQL" };
@@ -220,29 +258,26 @@ impl Engine for MySql {
     }
 }
 
-/// What a position says: the server it belongs to, and what of its versions was read.
+/// What a position says: the database it belongs to, the highest version that was deleted by then, and what of the
+/// versions was read.
 struct Mark {
     origin: String,
+    pruned: i64,
     gaps: Gaps,
 }
 
 impl Mark {
     fn read(position: &Position) -> Option<Self> {
-        let (origin, gaps) = position.0.split_once(' ')?;
-        Some(Self { origin: origin.to_owned(), gaps: gaps.parse().ok()? })
+        let mut parts = position.0.splitn(3, ' ');
+        let (origin, pruned, gaps) = (parts.next()?, parts.next()?, parts.next()?);
+        Some(Self { origin: origin.to_owned(), pruned: pruned.parse().ok()?, gaps: gaps.parse().ok()? })
     }
 }
 
 impl From<Mark> for Position {
     fn from(mark: Mark) -> Self {
-        Self(format!("{} {}", mark.origin, mark.gaps))
+        Self(format!("{} {} {}", mark.origin, mark.pruned, mark.gaps))
     }
-}
-
-/// The last version that is deleted by the time that this one is there.
-fn pruned_up_to(version: i64) -> i64 {
-    let (step, kept) = PRUNE;
-    version / step * step - kept
 }
 
 fn options(server: &Server) -> MySqlConnectOptions {
@@ -273,34 +308,15 @@ fn options(server: &Server) -> MySqlConnectOptions {
 
 fn failure(error: sqlx::Error) -> Failure {
     // Shutdown in progress, too many connections, connection killed, query interrupted.
-    const AGAIN: [u16; 4] = [1053, 1040, 1927, 1317];
-    let lost = match &error {
-        sqlx::Error::Database(error) => error
-            .try_downcast_ref::<sqlx::mysql::MySqlDatabaseError>()
-            .is_some_and(|error| AGAIN.contains(&error.number())),
-        sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::Tls(_) => true,
-        _ => false,
-    };
-    let problem = super::problem(&error);
-    if lost { Failure::Lost(problem) } else { Failure::Refused(problem) }
+    const PASSING: [u16; 4] = [1053, 1040, 1927, 1317];
+    over_sqlx::failure(error, |error| number(error).is_some_and(|number| PASSING.contains(&number)))
 }
 
-fn decode(table: &'static Table, row: &MySqlRow) -> Result<Row, BadRow> {
-    // The key is what the row was found by, so it is a number.
-    let key: i64 = row.try_get_unchecked(0).unwrap_or_default();
-    let values = table.columns.iter().enumerate().map(|(index, (column, kind))| {
-        decode_value(row, index + 1, *kind).map_err(|problem| BadRow { key, column, problem })
-    });
-    Ok(Row { key, values: values.collect::<Result<_, _>>()? })
+fn number(error: &dyn DatabaseError) -> Option<u16> {
+    Some(error.try_downcast_ref::<MySqlDatabaseError>()?.number())
 }
 
 fn decode_value(row: &MySqlRow, index: usize, kind: Kind) -> Result<Option<Value>, String> {
-    fn get<'r, T>(row: &'r MySqlRow, index: usize) -> Result<T, String>
-    where
-        T: sqlx::Decode<'r, sqlx::MySql> + sqlx::Type<sqlx::MySql>,
-    {
-        row.try_get_unchecked(index).map_err(|_| "cannot be decoded".to_owned())
-    }
     let raw = row.try_get_raw(index).map_err(|_| "is missing")?;
     if raw.is_null() {
         return Ok(None);
@@ -308,16 +324,21 @@ fn decode_value(row: &MySqlRow, index: usize, kind: Kind) -> Result<Option<Value
     let stored = raw.type_info().name().to_owned();
     let is_text = matches!(stored.as_str(), "VARCHAR" | "CHAR" | "TEXT" | "TINYTEXT" | "MEDIUMTEXT" | "LONGTEXT");
     let is_binary = stored.ends_with("BLOB") || stored.ends_with("BINARY");
-    let is_integer = ["INT", "BIGINT", "SMALLINT", "TINYINT", "MEDIUMINT"].iter().any(|name| stored.starts_with(name));
+    let is_integer =
+        ["INT", "BIGINT", "SMALLINT", "TINYINT", "MEDIUMINT", "BOOLEAN"].iter().any(|name| stored.starts_with(name));
+    let integer = || match stored.ends_with("UNSIGNED") {
+        true => i64::try_from(get::<_, u64>(row, index)?).map_err(|_| "is out of range".to_owned()),
+        false => get::<_, i64>(row, index),
+    };
     let value = match (kind, stored.as_str()) {
-        (Kind::Integer, _) if is_integer => Value::Integer(get(row, index)?),
+        (Kind::Integer, _) if is_integer => Value::Integer(integer()?),
         // With a binary collation, a column of text calls itself binary.
         (Kind::Text, _) if is_text || is_binary => Value::Text(get(row, index)?),
-        (Kind::Decimal(scale), "DECIMAL") => super::rescaled(get(row, index)?, scale),
-        (Kind::Decimal(scale), _) if is_integer => super::rescaled(Decimal::from(get::<i64>(row, index)?), scale),
-        (Kind::DateTime, "DATETIME" | "TIMESTAMP") => Value::DateTime(get::<NaiveDateTime>(row, index)?),
-        (Kind::DateTime, "DATE") => Value::DateTime(get::<NaiveDate>(row, index)?.and_time(chrono::NaiveTime::MIN)),
-        (Kind::Guid, _) if is_text || is_binary => Value::Guid(get::<String>(row, index)?.to_ascii_lowercase()),
+        (Kind::Decimal(scale), "DECIMAL") => super::rescaled(get(row, index)?, scale)?,
+        (Kind::Decimal(scale), _) if is_integer => super::rescaled(Decimal::from(integer()?), scale)?,
+        (Kind::DateTime, "DATETIME" | "TIMESTAMP") => Value::DateTime(get::<_, NaiveDateTime>(row, index)?),
+        (Kind::DateTime, "DATE") => Value::DateTime(get::<_, NaiveDate>(row, index)?.and_time(chrono::NaiveTime::MIN)),
+        (Kind::Guid, _) if is_text || is_binary => Value::Guid(get::<_, String>(row, index)?.to_ascii_lowercase()),
         (Kind::Binary, _) if is_binary => Value::Binary(get(row, index)?),
         (_, stored) => return Err(format!("is of type {stored}")),
     };

@@ -3,20 +3,24 @@
 //! Knows its types, its change feed and `LISTEN`. Invariant of the feed: a position is a snapshot, and what is read are
 //! the changes that it could not see and the present can; no order of commits can hide one.
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
-use chrono::{NaiveDate, NaiveDateTime, TimeDelta};
+use chrono::{Datelike, NaiveDate, NaiveDateTime, TimeDelta};
 use futures_util::{FutureExt, future::BoxFuture};
 use rust_decimal::Decimal;
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, Row as _, TypeInfo, ValueRef,
     postgres::{PgConnectOptions, PgConnection, PgListener, PgPoolOptions, PgRow, PgSslMode},
 };
-use tokio::{runtime::Handle, sync::Notify};
+use tokio::{runtime::Handle, sync::Notify, time::timeout};
 use uuid::Uuid;
 
 use super::{
     BadRow, Changes, Engine, Error, Kind, Position, Row, Table, Value,
+    over_sqlx::{self, get},
     pool::{Connect, Failure, Pool},
 };
 use crate::{
@@ -26,11 +30,16 @@ use crate::{
 
 /// Changes read at once: bounds memory; more is asked for at once.
 const FEED_PAGE: i64 = 10_000;
+/// Bound of each step of beginning to listen. Nobody waits for it.
+const BEGIN: Duration = Duration::from_secs(10);
+/// After as much silence a connection is replaced: one that was lost without a word would be silent for ever.
+const SILENCE: Duration = Duration::from_secs(300);
+
 pub(super) struct Postgres {
     pool: Pool<Opener>,
     /// How to open one more connection, for `LISTEN`; it is part of the bound.
     listen: Option<PgConnectOptions>,
-    listener: OnceLock<Task>,
+    listener: Mutex<Option<Task>>,
     heard: Arc<Notify>,
     what: String,
 }
@@ -56,7 +65,7 @@ impl Postgres {
         let listens = config.feed_interval.is_some() && config.max_connections > 1;
         Self {
             listen: listens.then(|| options.clone()),
-            listener: OnceLock::new(),
+            listener: Mutex::default(),
             heard: Arc::default(),
             pool: Pool::new(Opener(options), config, config.max_connections - u32::from(listens)),
             what: format!("{} at {}:{}", server.database, server.host, server.port),
@@ -71,31 +80,32 @@ impl Postgres {
             let (sql, keys) = (AssertSqlSafe(sql.clone()), keys.to_vec());
             async move { sqlx::query(sql).bind(keys).fetch_all(connection).await.map_err(failure) }.boxed()
         });
-        Ok(rows.await?.iter().map(|row| decode(table, row)).collect())
+        Ok(rows.await?.iter().map(|row| over_sqlx::row(table, row, decode_value)).collect())
     }
 
-    async fn latest_change(&self) -> Result<Position, Error> {
+    async fn latest_change(&self, table: &'static Table) -> Result<Position, Error> {
+        let sql = format!("SELECT {}, pg_current_snapshot()::text", origin(table));
         let latest = self.pool.run(|connection| {
-            let row = sqlx::query_as("SELECT c.system_identifier::text, t.timeline_id, pg_current_snapshot()::text FROM pg_control_system() AS c, pg_control_checkpoint() AS t");
+            let row = sqlx::query_as(AssertSqlSafe(sql.clone()));
             async move { row.fetch_one(connection).await.map_err(failure) }.boxed()
         });
-        let (cluster, timeline, snapshot): (String, i32, String) = latest.await?;
-        Ok(Mark { origin: format!("{cluster}.{timeline}"), seen: snapshot, page: None }.into())
+        let (origin, snapshot): (Option<String>, String) = latest.await?;
+        let origin = origin.ok_or_else(standby)?;
+        Ok(Mark { origin, seen: snapshot, page: None }.into())
     }
 
     async fn changes_since(&self, table: &'static Table, position: &Position) -> Result<Changes, Error> {
         let everything = async || {
-            Ok(Changes { keys: Vec::new(), position: self.latest_change().await?, overrun: true, more: false })
+            Ok(Changes { keys: Vec::new(), position: self.latest_change(table).await?, overrun: true, more: false })
         };
         let Some(mark) = Mark::read(position) else { return everything().await };
         // One statement sees one snapshot; the left join gives a row even if nothing changed.
         let sql = format!(
             "WITH here AS MATERIALIZED (
-               SELECT c.system_identifier || '.' || t.timeline_id AS origin, pg_is_in_recovery() AS standby,
-                 pg_current_snapshot() AS now, coalesce($2::text::pg_snapshot, pg_current_snapshot()) AS upto,
+               SELECT {origin} AS origin, pg_current_snapshot() AS now, coalesce($2::text::pg_snapshot, pg_current_snapshot()) AS upto,
                  $1::text::pg_snapshot AS seen, pruned.transaction AS pruned
-               FROM pg_control_system() AS c, pg_control_checkpoint() AS t, {name}_change_pruned AS pruned)
-             SELECT origin, standby, upto::text, pruned >= pg_snapshot_xmin(seen) AS overrun,
+               FROM {name}_change_pruned AS pruned)
+             SELECT origin, upto::text, pruned >= pg_snapshot_xmin(seen) AS overrun,
                pg_snapshot_xmax(seen) > pg_snapshot_xmax(now) AS ahead, version, {key} AS key
              FROM here LEFT JOIN LATERAL (
                SELECT version, {key} FROM {name}_change AS change
@@ -105,6 +115,7 @@ impl Postgres {
                  AND version > $3
                ORDER BY version LIMIT $4) AS change ON true
              ORDER BY version",
+            origin = origin(table),
             name = table.name,
             key = table.key,
         );
@@ -117,24 +128,18 @@ impl Postgres {
         let rows = rows.await?;
         let read = || -> sqlx::Result<_> {
             let head = rows.first().ok_or(sqlx::Error::RowNotFound)?;
-            let (origin, upto): (String, String) = (head.try_get("origin")?, head.try_get("upto")?);
-            let flag = |name| head.try_get::<bool, _>(name);
-            let lost = origin != mark.origin || flag("overrun")? || flag("ahead")?;
+            let (origin, upto): (Option<String>, String) = (head.try_get("origin")?, head.try_get("upto")?);
+            let lost = head.try_get("overrun")? || head.try_get("ahead")?;
             let mut changes = Vec::with_capacity(rows.len());
             for row in &rows {
                 if let Some(version) = row.try_get::<Option<i64>, _>("version")? {
                     changes.push((version, row.try_get::<Option<i32>, _>("key")?));
                 }
             }
-            Ok((flag("standby")?, lost, upto, changes))
+            Ok((origin, lost, upto, changes))
         };
-        let (standby, lost, upto, changes) = read().map_err(|error| Error::Unavailable(error.to_string()))?;
-        if standby {
-            // There, snapshots do not say which transactions are still open.
-            return Err(Error::Unavailable(
-                "the change feed needs the primary, and this server is a standby".to_owned(),
-            ));
-        }
+        let (origin, lost, upto, changes) = read().map_err(|error| Error::Unavailable(error.to_string()))?;
+        let lost = lost || origin.ok_or_else(standby)? != mark.origin;
         if lost || changes.iter().any(|(_, key)| key.is_none()) {
             return everything().await;
         }
@@ -171,8 +176,8 @@ impl Engine for Postgres {
         self.rows(table, keys).boxed()
     }
 
-    fn latest_change(&self, _table: &'static Table) -> BoxFuture<'_, Result<Position, Error>> {
-        self.latest_change().boxed()
+    fn latest_change(&self, table: &'static Table) -> BoxFuture<'_, Result<Position, Error>> {
+        self.latest_change(table).boxed()
     }
 
     fn changes_since<'a>(
@@ -185,7 +190,7 @@ impl Engine for Postgres {
 
     fn change_hint(&self, table: &'static Table) -> BoxFuture<'_, ()> {
         let Some(options) = &self.listen else { return std::future::pending().boxed() };
-        self.listener.get_or_init(|| {
+        self.listener.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| {
             let (options, heard) = (options.clone(), self.heard.clone());
             keep_running(&Handle::current(), "listener", move || listen(options.clone(), table, heard.clone()))
         });
@@ -194,8 +199,27 @@ impl Engine for Postgres {
 
     fn close(&self) -> BoxFuture<'_, ()> {
         self.pool.close();
+        drop(self.listener.lock().unwrap_or_else(PoisonError::into_inner).take());
         std::future::ready(()).boxed()
     }
+}
+
+/// An expression for what tells a feed from others, and from itself after it was restored or taken over by a standby:
+/// cluster, timeline, database and table. NULL on a standby.
+fn origin(table: &'static Table) -> String {
+    // The control file's timeline is that of the last checkpoint, minutes behind a promotion.
+    format!(
+        "(SELECT concat_ws('.', system_identifier, left(pg_walfile_name(pg_current_wal_lsn()), 8), database.oid,
+            '{}_change'::regclass::oid)
+          FROM pg_control_system(), pg_database AS database
+          WHERE datname = current_database() AND NOT pg_is_in_recovery())",
+        table.name
+    )
+}
+
+/// There, snapshots do not say which transactions are still open.
+fn standby() -> Error {
+    Error::Unavailable("the change feed needs the primary, and this server is a standby".to_owned())
 }
 
 /// Notifies `heard` of whatever the server tells on the table's channel, until the connection is lost.
@@ -206,15 +230,17 @@ async fn listen(options: PgConnectOptions, table: &'static Table, heard: Arc<Not
 }
 
 async fn listen_once(options: &PgConnectOptions, table: &'static Table, heard: &Notify) -> sqlx::Result<()> {
-    let pool = PgPoolOptions::new().max_connections(1).max_lifetime(None).idle_timeout(None);
+    let pool = PgPoolOptions::new().max_connections(1).max_lifetime(None).idle_timeout(None).acquire_timeout(BEGIN);
     let pool = pool.connect_lazy_with(options.clone());
     let mut listener = PgListener::connect_with(&pool).await?;
     listener.eager_reconnect(false);
-    listener.listen(&format!("{}_change", table.name)).await?;
+    let channel = format!("{}_change", table.name);
+    timeout(BEGIN, listener.listen(&channel)).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))?;
     loop {
         // First of all: nobody was told of what was committed until now.
         heard.notify_one();
-        if listener.try_recv().await?.is_none() {
+        let Ok(heard) = timeout(SILENCE, listener.try_recv()).await else { return Ok(()) };
+        if heard?.is_none() {
             return Ok(());
         }
     }
@@ -278,34 +304,14 @@ fn options(config: &config::Database, server: &Server) -> PgConnectOptions {
 }
 
 fn failure(error: sqlx::Error) -> Failure {
-    let lost = match &error {
-        // SQLSTATE classes: 08 connection, 57P sent away by the operator, 40 to be tried again.
-        sqlx::Error::Database(error) => {
-            error.code().is_some_and(|code| ["08", "57P", "40"].iter().any(|class| code.starts_with(class)))
-        }
-        sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::Tls(_) => true,
-        _ => false,
-    };
-    let problem = super::problem(&error);
-    if lost { Failure::Lost(problem) } else { Failure::Refused(problem) }
-}
-
-fn decode(table: &'static Table, row: &PgRow) -> Result<Row, BadRow> {
-    // The key is what the row was found by, so it is a number.
-    let key: i64 = row.try_get_unchecked(0).unwrap_or_default();
-    let values = table.columns.iter().enumerate().map(|(index, (column, kind))| {
-        decode_value(row, index + 1, *kind).map_err(|problem| BadRow { key, column, problem })
-    });
-    Ok(Row { key, values: values.collect::<Result<_, _>>()? })
+    // SQLSTATE classes: 08 connection, 57P sent away by the operator, 40 to be tried again.
+    const PASSING: [&str; 3] = ["08", "57P", "40"];
+    over_sqlx::failure(error, |error| {
+        error.code().is_some_and(|code| PASSING.iter().any(|class| code.starts_with(class)))
+    })
 }
 
 fn decode_value(row: &PgRow, index: usize, kind: Kind) -> Result<Option<Value>, String> {
-    fn get<'r, T>(row: &'r PgRow, index: usize) -> Result<T, String>
-    where
-        T: sqlx::Decode<'r, sqlx::Postgres> + sqlx::Type<sqlx::Postgres>,
-    {
-        row.try_get_unchecked(index).map_err(|_| "cannot be decoded".to_owned())
-    }
     let raw = row.try_get_raw(index).map_err(|_| "is missing")?;
     if raw.is_null() {
         return Ok(None);
@@ -314,20 +320,20 @@ fn decode_value(row: &PgRow, index: usize, kind: Kind) -> Result<Option<Value>, 
     let value = match (kind, stored.as_str()) {
         (Kind::Integer, "INT2" | "INT4" | "INT8") => Value::Integer(get(row, index)?),
         (Kind::Text, "TEXT" | "VARCHAR" | "CHAR" | "NAME") => Value::Text(get(row, index)?),
-        (Kind::Decimal(scale), "NUMERIC") => super::rescaled(get(row, index)?, scale),
+        (Kind::Decimal(scale), "NUMERIC") => super::rescaled(get(row, index)?, scale)?,
         (Kind::Decimal(scale), "INT2" | "INT4" | "INT8") => {
-            super::rescaled(Decimal::from(get::<i64>(row, index)?), scale)
+            super::rescaled(Decimal::from(get::<_, i64>(row, index)?), scale)?
         }
         // Microseconds since 2000. The driver's own types panic on what no calendar has, such as infinity.
         (Kind::DateTime, "TIMESTAMP" | "TIMESTAMPTZ") => {
             Value::DateTime(moment(TimeDelta::microseconds(get(row, index)?)).ok_or("is out of range")?)
         }
         (Kind::DateTime, "DATE") => {
-            let days = TimeDelta::try_days(get::<i64>(row, index)?).and_then(moment);
+            let days = TimeDelta::try_days(get::<_, i64>(row, index)?).and_then(moment);
             Value::DateTime(days.ok_or("is out of range")?)
         }
-        (Kind::Guid, "UUID") => Value::Guid(get::<Uuid>(row, index)?.to_string()),
-        (Kind::Guid, "TEXT" | "VARCHAR" | "CHAR") => Value::Guid(get::<String>(row, index)?.to_ascii_lowercase()),
+        (Kind::Guid, "UUID") => Value::Guid(get::<_, Uuid>(row, index)?.to_string()),
+        (Kind::Guid, "TEXT" | "VARCHAR" | "CHAR") => Value::Guid(get::<_, String>(row, index)?.to_ascii_lowercase()),
         (Kind::Binary, "BYTEA") => Value::Binary(get(row, index)?),
         (_, stored) => return Err(format!("is of type {stored}")),
     };
@@ -335,5 +341,6 @@ fn decode_value(row: &PgRow, index: usize, kind: Kind) -> Result<Option<Value>, 
 }
 
 fn moment(since_2000: TimeDelta) -> Option<NaiveDateTime> {
-    NaiveDate::from_ymd_opt(2000, 1, 1)?.and_hms_opt(0, 0, 0)?.checked_add_signed(since_2000)
+    let moment = NaiveDate::from_ymd_opt(2000, 1, 1)?.and_hms_opt(0, 0, 0)?.checked_add_signed(since_2000)?;
+    (1..=9999).contains(&moment.year()).then_some(moment) // what the other engines have
 }

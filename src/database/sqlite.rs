@@ -14,12 +14,15 @@ use chrono::{NaiveDate, NaiveDateTime};
 use futures_util::{FutureExt, future::BoxFuture};
 use rust_decimal::Decimal;
 use sqlx::{
-    AssertSqlSafe, ConnectOptions, Connection, Row as _, SqliteConnection, SqlitePool,
+    AssertSqlSafe, ConnectOptions, Connection, SqliteConnection, SqlitePool,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous},
 };
 use tokio::sync::{Mutex, OnceCell};
 
-use super::{BadRow, Changes, Engine, Error, Kind, Position, Row, Table, Value};
+use super::{
+    BadRow, Changes, Engine, Error, Kind, Position, Row, Table, Value,
+    over_sqlx::{self, get},
+};
 use crate::config::{self, Secret};
 
 /// Tables, seed rows and triggers of the embedded catalogue.
@@ -59,7 +62,7 @@ impl Engine for Sqlite {
     }
 
     fn latest_change(&self, table: &'static Table) -> BoxFuture<'_, Result<Position, Error>> {
-        async move { Ok(Position(self.latest(table).await?.to_string())) }.boxed()
+        async move { Ok(self.position(self.latest(table).await?)) }.boxed()
     }
 
     fn changes_since<'a>(
@@ -107,14 +110,19 @@ impl Sqlite {
                 sqlx::query(sql).bind(keys).fetch_all(pool).await
             }
         };
-        Ok(rows.map_err(unavailable)?.iter().map(|row| decode(table, row)).collect())
+        Ok(rows.map_err(unavailable)?.iter().map(|row| over_sqlx::row(table, row, decode_value)).collect())
     }
 
     async fn latest(&self, table: &'static Table) -> Result<i64, Error> {
-        // AUTOINCREMENT's own counter survives the pruning of rows.
-        let name = format!("{}_change", table.name);
-        sqlx::query_scalar("SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = ?1), 0)")
-            .bind(name)
+        // AUTOINCREMENT's own counter survives the deletion of rows, and an INSERT OR FAIL that fails half-way survives
+        // without it.
+        let sql = format!(
+            "SELECT max(coalesce((SELECT seq FROM sqlite_sequence WHERE name = ?1), 0),
+               coalesce((SELECT max(version) FROM {0}_change), 0))",
+            table.name
+        );
+        sqlx::query_scalar(AssertSqlSafe(sql))
+            .bind(format!("{}_change", table.name))
             .fetch_one(&self.opened().await?.pool)
             .await
             .map_err(unavailable)
@@ -122,22 +130,18 @@ impl Sqlite {
 
     async fn changes_since(&self, table: &'static Table, position: &Position) -> Result<Changes, Error> {
         let latest = self.latest(table).await?;
-        // What no SQLite wrote counts as before the first change, which the gap check below then finds out.
-        let position = position.0.parse::<i64>().unwrap_or(-1);
-        if latest == position {
-            return Ok(Changes {
-                keys: Vec::new(),
-                position: Position(position.to_string()),
-                overrun: false,
-                more: false,
-            });
+        // What was written for another file counts as before the first change, which the check below then finds out.
+        let (version, file) = position.0.split_once(' ').unwrap_or_default();
+        let version = version.parse::<i64>().ok().filter(|_| file == self.file()).unwrap_or(-1);
+        if latest == version {
+            return Ok(Changes { keys: Vec::new(), position: position.clone(), overrun: false, more: false });
         }
         let sql = format!(
             "SELECT version, {} FROM {}_change WHERE version > ?1 AND version <= ?2 ORDER BY version LIMIT ?3",
             table.key, table.name
         );
         let rows: Vec<(i64, i64)> = sqlx::query_as(AssertSqlSafe(sql))
-            .bind(position)
+            .bind(version)
             .bind(latest)
             .bind(FEED_PAGE)
             .fetch_all(&self.opened().await?.pool)
@@ -149,11 +153,20 @@ impl Sqlite {
         };
         Ok(Changes {
             keys: rows.iter().map(|(_, key)| *key).collect::<BTreeSet<_>>().into_iter().collect(),
-            position: Position(last.to_string()),
+            position: self.position(last),
             // Versions are gapless, so a jump means pruned changes; a step back, another database under the same name.
-            overrun: first != Some(position + 1),
+            overrun: first != Some(version + 1),
             more: last < latest,
         })
+    }
+
+    fn position(&self, version: i64) -> Position {
+        Position(format!("{version} {}", self.file()))
+    }
+
+    /// What tells the files that somebody may name apart.
+    fn file(&self) -> &str {
+        self.url.as_ref().map_or("embedded", Secret::reveal)
     }
 
     async fn opened(&self) -> Result<&Opened, Error> {
@@ -248,31 +261,16 @@ fn is_unwritable(error: &sqlx::Error) -> bool {
 }
 
 fn unavailable(error: sqlx::Error) -> Error {
-    Error::Unavailable(super::problem(&error))
-}
-
-fn decode(table: &'static Table, row: &SqliteRow) -> Result<Row, BadRow> {
-    // The key is what the row was found by, so it is a number.
-    let key: i64 = row.try_get_unchecked(0).unwrap_or_default();
-    let values = table.columns.iter().enumerate().map(|(index, (column, kind))| {
-        decode_value(row, index + 1, *kind).map_err(|problem| BadRow { key, column, problem })
-    });
-    Ok(Row { key, values: values.collect::<Result<_, _>>()? })
+    Error::Unavailable(over_sqlx::problem(&error))
 }
 
 fn decode_value(row: &SqliteRow, index: usize, kind: Kind) -> Result<Option<Value>, String> {
-    fn get<'r, T>(row: &'r SqliteRow, index: usize) -> Result<Option<T>, String>
-    where
-        T: sqlx::Decode<'r, sqlx::Sqlite> + sqlx::Type<sqlx::Sqlite>,
-    {
-        row.try_get_unchecked(index).map_err(|_| "cannot be decoded".to_owned())
-    }
     let text = |of: fn(String, Kind) -> Result<Value, String>| {
-        get::<String>(row, index)?.map(|text| of(text, kind)).transpose()
+        get::<_, Option<String>>(row, index)?.map(|text| of(text, kind)).transpose()
     };
     match kind {
-        Kind::Integer => Ok(get(row, index)?.map(Value::Integer)),
-        Kind::Binary => Ok(get(row, index)?.map(Value::Binary)),
+        Kind::Integer => Ok(get::<_, Option<i64>>(row, index)?.map(Value::Integer)),
+        Kind::Binary => Ok(get::<_, Option<Vec<u8>>>(row, index)?.map(Value::Binary)),
         Kind::Text => text(|text, _| Ok(Value::Text(text))),
         Kind::Guid => text(|text, _| Ok(Value::Guid(text.to_ascii_lowercase()))),
         Kind::DateTime => text(|text, _| date_time(&text).map(Value::DateTime).ok_or("is not a date".to_owned())),
@@ -283,7 +281,7 @@ fn decode_value(row: &SqliteRow, index: usize, kind: Kind) -> Result<Option<Valu
 fn decimal(text: String, kind: Kind) -> Result<Value, String> {
     let Kind::Decimal(scale) = kind else { return Err("is not a decimal".to_owned()) };
     let decimal = Decimal::from_str(&text).map_err(|_| "is not a decimal")?;
-    Ok(super::rescaled(decimal, scale))
+    Ok(super::rescaled(decimal, scale)?)
 }
 
 /// `YYYY-MM-DD`, a `T` or a blank, `HH:MM:SS` with up to seven more digits; or the date alone.

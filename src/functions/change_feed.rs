@@ -6,7 +6,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 
 use super::App;
 use crate::{
@@ -17,6 +17,8 @@ use crate::{
 
 /// How long the feed waits for Redis to take an expiry. Afterwards it stays queued and the feed goes on.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// Least time between two looks, where the engine tells of commits.
+const SHORTEST: Duration = Duration::from_millis(10);
 /// What the position is kept under.
 const NOTE: &str = "feed";
 
@@ -45,6 +47,8 @@ pub(super) async fn follow(app: Arc<App>, interval: Duration) {
         // Instances that started together must not ask together.
         let pause = interval.mul_f64(rand::random_range(0.9..=1.0));
         app.database.wait_for_changes(&product::TABLE, pause).await;
+        // A writer that commits all the time must not make every instance ask all the time.
+        sleep_until(began + SHORTEST.mul_f64(rand::random_range(1.0..2.0))).await;
     }
 }
 
@@ -70,7 +74,11 @@ impl Follower<'_> {
         if !resumed && let Ok(kept) = cache.note(NOTE).await {
             // Changes since then were told to nobody, unless by another instance; some are repeated.
             match kept {
-                Some(kept) => self.position = Some(kept.into()),
+                Some(kept) => {
+                    self.position = Some(kept.into());
+                    // It may be later than ours was, and what lies between was not told here.
+                    cache.forget_memory();
+                }
                 None => everything = true,
             }
             resumed = true;
@@ -92,9 +100,11 @@ impl Follower<'_> {
         self.resumed = resumed;
         let position = self.position.insert(changes.position);
         match expired {
-            Ok(()) if self.resumed && self.kept.as_ref() != Some(position) => {
-                cache.keep_note(NOTE, &position.to_string()).await;
-                self.kept = Some(position.clone());
+            // An earlier expiry may still be on its way: whoever comes after this process must not begin behind it.
+            Ok(()) if self.resumed && cache.owes_nothing() && self.kept.as_ref() != Some(position) => {
+                if cache.keep_note(NOTE, &position.to_string()).await {
+                    self.kept = Some(position.clone());
+                }
             }
             Ok(()) => {}
             Err(error) => tracing::warn!(%error, "the change feed goes on"),

@@ -28,6 +28,8 @@ for_every_server![
     a_transaction_that_stays_open_for_long_is_told_when_it_commits,
     a_rolled_back_change_is_forgotten,
     no_change_of_concurrent_writers_is_skipped,
+    a_position_of_another_database_on_the_same_server_means_it_too,
+    a_transaction_that_stays_open_stops_no_feed_that_must_be_quick,
 ];
 
 /// Reads the feed as the handler does.
@@ -68,17 +70,25 @@ async fn each_change_is_told_once(engine: Engine) {
     let server = DatabaseServer::start(engine).await;
     let mut reader = Reader::new(&server).await;
     assert_eq!(reader.told().await, Some(vec![]));
-    let copy = "SELECT 5001, Name, 'new', Color, StandardCost, ListPrice, Size, Weight, ProductCategoryID, ProductModelID, \
-        SellStartDate, SellEndDate, DiscontinuedDate, ThumbNailPhoto, ThumbnailPhotoFileName, rowguid, ModifiedDate \
-        FROM product WHERE ProductID = 680";
-    for (change, told) in [
+    let columns = "Name, ProductNumber, StandardCost, ListPrice, SellStartDate, rowguid, ModifiedDate";
+    let insert = format!(
+        "INSERT INTO product (ProductID, {columns}) SELECT 5001, {} FROM product WHERE ProductID = 680",
+        columns.replace("ProductNumber", "'new'")
+    );
+    let (insert, other_key) = match engine {
+        // There, a product keeps its key.
+        Engine::SqlServer => (format!("SET IDENTITY_INSERT SalesLT.Product ON; {insert}"), vec![]),
+        _ => (insert, vec![("UPDATE product SET ProductID = 5002 WHERE ProductID = 5001", vec![5001, 5002])]),
+    };
+    let mut changes = vec![
         ("UPDATE product SET Color = 'Red' WHERE ProductID = 680", vec![680]),
         ("UPDATE product SET Color = 'Red' WHERE ProductID IN (706, 707)", vec![706, 707]),
         ("UPDATE product SET Color = 'Red' WHERE ProductID = 1", vec![]),
-        (&format!("INSERT INTO product {copy}"), vec![5001]),
-        ("UPDATE product SET ProductID = 5002 WHERE ProductID = 5001", vec![5001, 5002]),
-        ("DELETE FROM product WHERE ProductID = 5002", vec![5002]),
-    ] {
+        (&insert, vec![5001]),
+        ("DELETE FROM product WHERE ProductID = 708", vec![708]),
+    ];
+    changes.extend(other_key);
+    for (change, told) in changes {
         server.sql(change).await;
         assert_eq!(reader.told().await, Some(told), "{change}");
         assert_eq!(reader.told().await, Some(vec![]), "{change}: again");
@@ -97,23 +107,35 @@ async fn what_is_not_committed_is_not_told(engine: Engine) {
 }
 
 async fn many_changes_come_in_pages(engine: Engine) {
+    const CHANGES: usize = 12_000;
     let server = DatabaseServer::start(engine).await;
     let mut reader = Reader::new(&server).await;
-    let mut writer = server.session().await;
-    writer.sql("BEGIN").await;
-    for color in 0..40 {
-        writer.sql(&format!("UPDATE product SET Color = 'Red {color}'")).await;
-    }
-    writer.sql("COMMIT").await;
+    let columns = "StandardCost, ListPrice, SellStartDate, rowguid, ModifiedDate";
+    let before = if engine == Engine::SqlServer { "SET IDENTITY_INSERT SalesLT.Product ON;" } else { "" };
+    server
+        .sql(&format!(
+            "{before} INSERT INTO product (ProductID, Name, ProductNumber, {columns})
+             SELECT n, 'many', concat('M', n), {columns} FROM
+               (SELECT 10000 + row_number() OVER (ORDER BY a.ProductID, b.ProductID) AS n FROM product AS a, product AS b)
+               AS numbers, (SELECT {columns} FROM product WHERE ProductID = 680) AS one
+             WHERE n <= 10000 + {CHANGES}"
+        ))
+        .await;
     let page = reader.database.changes_since(&TABLE, &reader.position).await.unwrap();
-    assert!(page.more && !page.overrun, "{} keys", page.keys.len());
+    if engine == Engine::SqlServer {
+        // All at once are one version there, and more of it than a page has.
+        assert!(page.overrun);
+        return;
+    }
+    assert!(page.more && !page.overrun && page.keys.len() < CHANGES, "{} keys", page.keys.len());
     // What is committed between two pages is told as well.
     server.sql("DELETE FROM product WHERE ProductID = 680").await;
     let mut told: BTreeSet<_> = page.keys.into_iter().collect();
     reader.position = page.position;
     told.extend(reader.told().await.unwrap());
     told.extend(reader.told().await.unwrap());
-    assert_eq!(told.len(), 298);
+    let expected: BTreeSet<_> = (10_001..=10_000 + CHANGES as i64).chain([680]).collect();
+    assert!(told == expected, "{} of {} are told", told.len(), expected.len());
     assert_eq!(reader.told().await, Some(vec![]));
 }
 
@@ -131,31 +153,19 @@ async fn whoever_stands_before_what_was_pruned_is_told_that_everything_may_have_
     let server = DatabaseServer::start(engine).await;
     let mut late = Reader::new(&server).await;
     let mut prompt = Reader::new(&server).await;
-    match engine {
-        // It keeps the newest hundred thousand changes.
-        Engine::MariaDb => {
-            let mut writer = server.session().await;
-            for _ in 0..2 {
-                writer.sql("BEGIN").await;
-                for color in 0..200 {
-                    writer.sql(&format!("UPDATE product SET Color = 'Red {color}'")).await;
-                }
-                writer.sql("COMMIT").await;
-                assert_eq!(prompt.told().await.map(|keys| keys.len()), Some(298));
-            }
-        }
-        Engine::Sqlite | Engine::Postgres => {
-            for id in [680, 706, 707] {
-                server.sql(&format!("UPDATE product SET Color = 'Red' WHERE ProductID = {id}")).await;
-            }
-            assert_eq!(prompt.told().await, Some(vec![680, 706, 707]));
-            let prune = match engine {
-                Engine::Postgres => "SELECT product_change_prune(interval '0')",
-                _ => "DELETE FROM product_change WHERE version <= 2",
-            };
-            server.sql(prune).await;
-        }
+    for id in [680, 706, 707] {
+        server.sql(&format!("UPDATE product SET Color = 'Red' WHERE ProductID = {id}")).await;
     }
+    assert_eq!(prompt.told().await, Some(vec![680, 706, 707]));
+    let prune = match engine {
+        Engine::Postgres => "SELECT product_change_prune(interval '0')",
+        Engine::MariaDb => "CALL product_change_prune(1)",
+        Engine::Sqlite => "DELETE FROM product_change WHERE version <= 2",
+        Engine::SqlServer => {
+            "ALTER TABLE SalesLT.Product DISABLE CHANGE_TRACKING; ALTER TABLE SalesLT.Product ENABLE CHANGE_TRACKING"
+        }
+    };
+    server.sql(prune).await;
     server.sql("UPDATE product SET Color = 'Red' WHERE ProductID = 708").await;
     assert_eq!(prompt.told().await, Some(vec![708]), "who has read what was pruned has missed nothing");
     assert_eq!(late.told().await, None);
@@ -176,6 +186,34 @@ async fn a_position_of_some_other_database_means_that_everything_may_have_change
         assert_eq!(reader.told().await, None);
         assert_eq!(reader.told().await, Some(vec![]));
     }
+}
+
+async fn a_position_of_another_database_on_the_same_server_means_it_too(engine: Engine) {
+    let server = DatabaseServer::start(engine).await;
+    match engine {
+        Engine::Postgres => server.sql("CREATE DATABASE other TEMPLATE template0").await,
+        _ => server.sql("CREATE DATABASE other; GRANT SELECT ON other.* TO handler").await,
+    }
+    // The same tables, and as many changes.
+    let other = match engine {
+        Engine::Postgres => {
+            let mut other = server.session_in("other").await;
+            let script = concat!(env!("CARGO_MANIFEST_DIR"), "/sql/postgresql.sql");
+            other.sql(&std::fs::read_to_string(script).unwrap()).await;
+            other.sql("GRANT SELECT ON product, product_change, product_change_pruned TO handler").await;
+            server.url().replace("/shop", "/other")
+        }
+        _ => {
+            for table in ["product_change", "product_change_pruned"] {
+                server.sql(&format!("CREATE TABLE other.{table} AS SELECT * FROM {table}")).await;
+            }
+            server.url().replace("/shop", "/other")
+        }
+    };
+    let theirs = database(&other, &[]).latest_change(&TABLE).await.unwrap();
+    let mut reader = Reader { database: database(&server.url(), &[]), position: theirs };
+    assert_eq!(reader.told().await, None);
+    assert_eq!(reader.told().await, Some(vec![]));
 }
 
 async fn a_commit_is_told_though_a_later_change_was_committed_before_it(engine: Engine) {
@@ -207,6 +245,21 @@ async fn a_transaction_that_stays_open_for_long_is_told_when_it_commits(engine: 
     }
     writer.sql("COMMIT").await;
     assert_eq!(reader.told().await, Some(vec![680]));
+}
+
+async fn a_transaction_that_stays_open_stops_no_feed_that_must_be_quick(engine: Engine) {
+    let server = DatabaseServer::start(engine).await;
+    let settings = [("CACHE_HARD_TIMEOUT_MS", "500"), ("DATABASE_CONNECT_TIMEOUT_MS", "400")];
+    let database = database(&server.url(), &settings);
+    let position = database.latest_change(&TABLE).await.unwrap();
+    let mut reader = Reader { database, position };
+    let mut writer = server.session().await;
+    writer.sql("BEGIN").await;
+    writer.sql(&rename(680)).await;
+    for _ in 0..12 {
+        server.sql(&rename(706)).await;
+        assert_eq!(reader.told().await, Some(vec![706]));
+    }
 }
 
 async fn a_rolled_back_change_is_forgotten(engine: Engine) {
@@ -264,6 +317,27 @@ async fn no_change_of_concurrent_writers_is_skipped(engine: Engine) {
     told.extend(reader.told().await.expect("nothing was pruned"));
     assert!(committed.len() > 100);
     assert_eq!(told, committed);
+}
+
+#[tokio::test]
+async fn what_is_pruned_while_a_transaction_is_open_for_days_is_told_to_whoever_has_missed_it_and_to_nobody_else() {
+    let server = DatabaseServer::start(Engine::Postgres).await;
+    let mut writer = server.session().await;
+    writer.sql("BEGIN").await;
+    writer.sql(&rename(680)).await;
+    let mut reader = Reader::new(&server).await;
+    let prune = "SELECT product_change_prune(interval '0')";
+    for _ in 0..3 {
+        server.sql(&rename(706)).await;
+        assert_eq!(reader.told().await, Some(vec![706]));
+        server.sql(prune).await;
+        assert_eq!(reader.told().await, Some(vec![]), "nothing that was pruned is missing here");
+    }
+    writer.sql("COMMIT").await;
+    // It began so long ago that its changes are pruned before anybody has read them.
+    server.sql(prune).await;
+    assert_eq!(reader.told().await, None);
+    assert_eq!(reader.told().await, Some(vec![]));
 }
 
 #[tokio::test]

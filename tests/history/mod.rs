@@ -2,8 +2,8 @@
 //!
 //! Three instances share one database and one Redis, each by way of proxies of its own. Writers change, delete and
 //! insert rows and deliver the trigger's batches as the host does; readers read everywhere; a nemesis, drawn from a
-//! seed, stops and kills instances, Redis and the database, breaks links, and loses what Redis holds. Then `checker` says what the
-//! history should not contain, and all instances must come to show what the database holds.
+//! seed, stops and kills instances and Redis, stops the database, breaks links, and loses what Redis holds. Then
+//! `checker` says what the history should not contain, and all instances must come to show what the database holds.
 //!
 //! Part of `cargo test` with one new seed, which is printed. Longer, or the same again:
 //!
@@ -184,7 +184,7 @@ fn judge(world: &World, steps: &[nemesis::Step], late: Vec<String>) {
         panic!("seed {}: {} violations {first}; not converged: {late:#?}", world.seed, violations.len());
     }
     // A test in which nothing happened has shown nothing.
-    let least = (memory > 300 && redis > 20 && database > 100, acknowledged > 60, right.len() > 60);
+    let least = (memory > 100 && redis > 5 && database > 30, acknowledged > 25, right.len() > 25);
     assert_eq!(least, (true, true, true), "seed {}: too little happened", world.seed);
     assert!(!steps.is_empty(), "seed {}: no step of the plan fits", world.seed);
 }

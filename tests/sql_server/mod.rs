@@ -20,8 +20,10 @@ use tokio::time::{Instant, timeout};
 
 use self::world::{Types, product, products};
 use crate::support::{
-    PATIENCE, eventually,
-    tds::{Answer, CERTIFICATES, Cell, Certificates, NAME, Query, Server, Type, Welcome},
+    PATIENCE,
+    certificates::{CERTIFICATES, Certificates, NAME},
+    eventually,
+    tds::{Answer, Cell, Query, Server, Type, Welcome},
 };
 
 /// A password with everything that could be encoded wrongly.
@@ -57,7 +59,7 @@ fn database(server: config::Server) -> Database {
 }
 
 fn verified(server_name: Option<&str>, strict: bool, folder: &tempfile::TempDir) -> Tls {
-    let ca_file = Some(CERTIFICATES.authority_file(folder));
+    let ca_file = Some(CERTIFICATES.authority_file(folder.path()));
     Tls::Verified { ca_file, server_name: server_name.map(str::to_owned), strict }
 }
 
@@ -105,7 +107,7 @@ async fn nothing_is_opened_before_it_is_needed() {
 async fn only_the_right_server_is_trusted_with_a_password() {
     let folder = tempfile::tempdir().expect("a folder");
     let foreign = tempfile::tempdir().expect("a folder");
-    let foreign_ca = Certificates::new().authority_file(&foreign);
+    let foreign_ca = Certificates::new().authority_file(foreign.path());
     let fake = Server::start(products(vec![product(1)])).await;
     for (tls, trusted) in [
         (Tls::Unverified, true),

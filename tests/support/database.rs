@@ -1,25 +1,43 @@
 //! Private database servers, each with the catalogue of its `sql/` script and a login that may only read.
 //!
-//! A server starts from a copy of a folder that is made once for each version of the script.
+//! A server starts from a copy of a folder that is made once for each version of the script. SQL Server is not started:
+//! where `TEST_SQLSERVER` names one (`Server=...;User ID=...;Password=...`, of somebody who may create databases), each
+//! test has a database of its own on it.
 
 use std::{
     fs,
+    io::Write,
     net::TcpListener,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    thread,
 };
 
+use product_cache::config::{Config, Login, Server, Source};
 use sha2::{Digest, Sha256};
 use sqlx::{AssertSqlSafe, Connection, Executor, MySqlConnection, PgConnection, SqliteConnection};
 use tempfile::TempDir;
+use tokio::net::TcpStream;
+use tokio_util::compat::TokioAsyncWriteCompatExt;
 
-use super::{eventually, signal};
+use super::{certificates::CERTIFICATES, eventually, signal};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Engine {
     Sqlite,
     Postgres,
     MariaDb,
+    SqlServer,
+}
+
+/// Whether there is a server for tests of this engine. Says so, past the test harness, if there is none.
+pub fn is_there(engine: Engine, test: &str) -> bool {
+    let there = engine != Engine::SqlServer || std::env::var("TEST_SQLSERVER").is_ok();
+    if !there {
+        let _ = writeln!(std::io::stderr(), "skipped: {test} on SQL Server, as TEST_SQLSERVER names none");
+    }
+    there
 }
 
 pub struct DatabaseServer {
@@ -27,10 +45,25 @@ pub struct DatabaseServer {
     process: Option<Child>,
     folder: TempDir,
     pub port: u16,
+    /// Where it is, if it is not ours.
+    given: Option<Server>,
 }
 
 impl Drop for DatabaseServer {
     fn drop(&mut self) {
+        if let Some(server) = self.given.take() {
+            // What cannot be dropped now is dropped by whoever runs the server.
+            thread::spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+                let drop_it = format!(
+                    "USE master; ALTER DATABASE [{0}] SET SINGLE_USER WITH ROLLBACK IMMEDIATE; DROP DATABASE [{0}]",
+                    server.database
+                );
+                runtime.block_on(async {
+                    sql_server_session(&server).await.ok()?.simple_query(drop_it).await.ok().map(drop)
+                });
+            });
+        }
         self.kill();
     }
 }
@@ -38,12 +71,21 @@ impl Drop for DatabaseServer {
 impl DatabaseServer {
     pub async fn start(engine: Engine) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
-        let mut server = Self { engine, process: None, folder, port: free_port() };
+        let mut server = Self { engine, process: None, folder, port: free_port(), given: None };
+        if engine == Engine::SqlServer {
+            server.given = Some(sql_server_database().await);
+            server.port = server.given.as_ref().expect("set").port;
+            return server;
+        }
         if engine == Engine::Sqlite {
             super::catalogue(&server.data());
             return server;
         }
         run(Command::new("cp").arg("-r").arg(template(engine).await).arg(server.data()));
+        let (certificate, key) = (server.data().join("server.crt"), server.data().join("server.key"));
+        fs::write(&certificate, CERTIFICATES.certificate.pem()).expect("written");
+        fs::write(&key, CERTIFICATES.key.serialize_pem()).expect("written");
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).expect("PostgreSQL insists on it");
         if is_root() {
             run(Command::new("chown").arg("-R").arg(owner(engine)).arg(server.folder.path()));
         }
@@ -60,19 +102,44 @@ impl DatabaseServer {
         self.url_by(self.port)
     }
 
+    /// The same by TLS, if the server's certificate is from this authority and for this name.
+    pub fn url_with_tls(&self, authority: &Path, host: &str) -> String {
+        let (port, authority) = (self.port, authority.display());
+        match self.engine {
+            Engine::Sqlite | Engine::SqlServer => unreachable!("is not started here"),
+            Engine::Postgres => {
+                format!("postgres://handler@{host}:{port}/shop?sslmode=verify-full&sslrootcert={authority}")
+            }
+            Engine::MariaDb => {
+                format!("mysql://handler@{host}:{port}/shop?ssl-mode=VERIFY_IDENTITY&ssl-ca={authority}")
+            }
+        }
+    }
+
     /// The same, for a server that is reached at another port.
     pub fn url_by(&self, port: u16) -> String {
         match self.engine {
             Engine::Sqlite => format!("sqlite:{}", self.data().display()),
             Engine::Postgres => format!("postgres://handler@127.0.0.1:{port}/shop?sslmode=disable"),
             Engine::MariaDb => format!("mysql://handler@127.0.0.1:{port}/shop?ssl-mode=DISABLED"),
+            Engine::SqlServer => {
+                let server = self.given.as_ref().expect("given");
+                let Login::Password { user, password } = &server.login else { panic!("TEST_SQLSERVER has a password") };
+                let host = if port == self.port { &server.host } else { "127.0.0.1" };
+                let password = password.reveal().replace('"', "\"\"");
+                format!(
+                    "Server=tcp:{host},{port};Database={};User ID={user};Password=\"{password}\";\
+                     TrustServerCertificate=True",
+                    server.database
+                )
+            }
         }
     }
 
     /// Starts the server again, with the data it had.
     pub async fn restart(&mut self) {
         self.kill();
-        if self.engine == Engine::Sqlite {
+        if matches!(self.engine, Engine::Sqlite | Engine::SqlServer) {
             return;
         }
         self.process = Some(start_server(self.engine, &self.data(), self.port));
@@ -99,6 +166,12 @@ impl DatabaseServer {
         }
     }
 
+    /// A connection as the owner of everything, in another database of the server.
+    pub async fn session_in(&self, database: &str) -> Session {
+        let url = format!("postgres://owner@127.0.0.1:{}/{database}?sslmode=disable", self.port);
+        Session::Postgres(PgConnection::connect(&url).await.expect("the owner may come in"))
+    }
+
     /// A connection as the owner of everything.
     pub async fn session(&self) -> Session {
         Session::open(self).await.expect("the owner may come in")
@@ -115,6 +188,7 @@ impl DatabaseServer {
             Engine::Sqlite => unreachable!("has none"),
             Engine::Postgres => "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'handler'",
             Engine::MariaDb => "KILL USER handler",
+            Engine::SqlServer => unreachable!("is not ours to disturb"),
         })
         .await;
     }
@@ -125,6 +199,10 @@ impl DatabaseServer {
             Engine::Sqlite => return 0,
             Engine::Postgres => "SELECT count(*) FROM pg_stat_activity WHERE usename = 'handler'",
             Engine::MariaDb => "SELECT count(*) FROM information_schema.processlist WHERE user = 'handler'",
+            Engine::SqlServer => {
+                "SELECT count_big(*) FROM sys.dm_exec_sessions \
+                 WHERE program_name = 'product-cache' AND database_id = DB_ID()"
+            }
         };
         self.session().await.number(count).await
     }
@@ -135,7 +213,10 @@ pub enum Session {
     Sqlite(SqliteConnection),
     Postgres(PgConnection),
     MySql(MySqlConnection),
+    SqlServer(Box<SqlServerSession>),
 }
+
+type SqlServerSession = tiberius::Client<tokio_util::compat::Compat<TcpStream>>;
 
 impl Session {
     async fn open(server: &DatabaseServer) -> sqlx::Result<Self> {
@@ -150,28 +231,77 @@ impl Session {
                 let url = format!("mysql://root@127.0.0.1:{port}/shop?ssl-mode=DISABLED");
                 Self::MySql(MySqlConnection::connect(&url).await?)
             }
+            Engine::SqlServer => {
+                let session = sql_server_session(server.given.as_ref().expect("given")).await;
+                Self::SqlServer(Box::new(session.expect("a session")))
+            }
         })
     }
 
     pub async fn sql(&mut self, sql: &str) {
+        if let Self::SqlServer(session) = self {
+            let sql = if sql == "BEGIN" { "BEGIN TRANSACTION" } else { sql };
+            session.simple_query(sql).await.expect("valid SQL").into_results().await.expect("valid SQL");
+            return;
+        }
         let sql = sqlx::raw_sql(AssertSqlSafe(sql.to_owned()));
         let done = match self {
             Self::Sqlite(connection) => connection.execute(sql).await.map(drop),
             Self::Postgres(connection) => connection.execute(sql).await.map(drop),
             Self::MySql(connection) => connection.execute(sql).await.map(drop),
+            Self::SqlServer(_) => unreachable!("done above"),
         };
         done.expect("valid SQL");
     }
 
     pub async fn number(&mut self, sql: &str) -> i64 {
+        if let Self::SqlServer(session) = self {
+            let row = session.simple_query(sql).await.expect("valid SQL").into_row().await.expect("valid SQL");
+            return row.and_then(|row| row.get(0)).expect("a number");
+        }
         let sql = AssertSqlSafe(sql.to_owned());
         let number = match self {
             Self::Sqlite(connection) => sqlx::query_scalar(sql).fetch_one(connection).await,
             Self::Postgres(connection) => sqlx::query_scalar(sql).fetch_one(connection).await,
             Self::MySql(connection) => sqlx::query_scalar(sql).fetch_one(connection).await,
+            Self::SqlServer(_) => unreachable!("done above"),
         };
         number.expect("a number")
     }
+}
+
+/// A new database on the server that `TEST_SQLSERVER` names.
+async fn sql_server_database() -> Server {
+    let text = std::env::var("TEST_SQLSERVER").expect("asked for before");
+    let text = if text.to_ascii_lowercase().contains("database=") { text } else { format!("{text};Database=master") };
+    let variables = [("Sql", text.as_str()), ("DATABASE_ALLOW_UNVERIFIED", "on")];
+    let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+    let source = Config::from_variables(&variables).expect("TEST_SQLSERVER is a connection string").database.source;
+    let Source::SqlServer(mut server) = source else { panic!("TEST_SQLSERVER is of another engine") };
+    let name = format!("test_{:08x}", rand::random::<u32>());
+    let run = async |server: &Server, sql: String| {
+        let mut session = sql_server_session(server).await.expect("a session on TEST_SQLSERVER");
+        session.simple_query(sql).await.expect("valid SQL").into_results().await.expect("valid SQL");
+    };
+    run(&server, format!("CREATE DATABASE [{name}]")).await;
+    server.database = name;
+    for script in ["sql/sqlserver.sql", "sql/sqlserver-access.sql"] {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join(script);
+        run(&server, fs::read_to_string(script).expect("a script")).await;
+    }
+    // The other engines' name of the table.
+    run(&server, "CREATE SYNONYM dbo.product FOR SalesLT.Product".to_owned()).await;
+    server
+}
+
+async fn sql_server_session(server: &Server) -> Result<SqlServerSession, tiberius::error::Error> {
+    let Login::Password { user, password } = &server.login else { panic!("TEST_SQLSERVER has a password") };
+    let mut config = tiberius::Config::new();
+    config.database(&server.database);
+    config.authentication(tiberius::AuthMethod::sql_server(user, password.reveal()));
+    config.trust_cert();
+    let stream = TcpStream::connect((server.host.as_str(), server.port)).await?;
+    tiberius::Client::connect(config, stream.compat_write()).await
 }
 
 /// The folder that servers of this engine start from.
@@ -182,6 +312,7 @@ async fn template(engine: Engine) -> PathBuf {
         Engine::Sqlite => "sql/sqlite.sql",
         Engine::Postgres => "sql/postgresql.sql",
         Engine::MariaDb => "sql/mysql.sql",
+        Engine::SqlServer => unreachable!("is not started here"),
     });
     let version = Sha256::digest(fs::read(&script).expect("a script"));
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{engine:?}-{:x}", version)).join("data");
@@ -194,7 +325,7 @@ async fn template(engine: Engine) -> PathBuf {
         run(Command::new("chown").arg(owner(engine)).arg(made.path()));
     }
     match engine {
-        Engine::Sqlite => unreachable!("has no server"),
+        Engine::Sqlite | Engine::SqlServer => unreachable!("is not started here"),
         Engine::Postgres => {
             let options = ["--username=owner", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C.UTF-8"];
             run(as_owner(engine, &program(engine, "initdb")).args(options).arg("-D").arg(&data));
@@ -225,7 +356,7 @@ async fn template(engine: Engine) -> PathBuf {
         client
     };
     match engine {
-        Engine::Sqlite => {}
+        Engine::Sqlite | Engine::SqlServer => {}
         Engine::Postgres => {
             let ready = || client(&["-c", "SELECT 1", "postgres"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
             eventually("PostgreSQL answers", async || ready().is_ok_and(|status| status.success()).then_some(())).await;
@@ -239,8 +370,9 @@ async fn template(engine: Engine) -> PathBuf {
             eventually("MariaDB answers", async || ready().is_ok_and(|status| status.success()).then_some(())).await;
             run(&mut client(&["-e", "CREATE DATABASE shop; CREATE USER handler@'%'"]));
             run(client(&["shop"]).stdin(fs::File::open(&script).expect("a script")));
-            let grant = "GRANT SELECT ON product TO handler; GRANT SELECT ON product_change TO handler";
-            run(&mut client(&["shop", "-e", grant]));
+            for table in ["product", "product_change", "product_change_pruned"] {
+                run(&mut client(&["shop", "-e", &format!("GRANT SELECT ON {table} TO handler")]));
+            }
         }
     }
     signal(server.id(), "TERM");
@@ -256,14 +388,13 @@ const SMALL_MARIADB: [&str; 2] = ["--innodb-log-file-size=8M", "--innodb-buffer-
 
 fn start_server(engine: Engine, data: &Path, port: u16) -> Child {
     let mut command = match engine {
-        Engine::Sqlite => unreachable!("has no server"),
+        Engine::Sqlite | Engine::SqlServer => unreachable!("is not started here"),
         Engine::Postgres => {
             let _ = fs::remove_file(data.join("postmaster.pid")); // of one that was killed
+            let tls = if data.join("server.key").exists() { "ssl=on" } else { "ssl=off" };
             let mut command = as_owner(engine, &program(engine, "postgres"));
             command.arg("-D").arg(data).args(["-p", &port.to_string()]);
-            for setting in
-                ["listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off", "shared_buffers=16MB"]
-            {
+            for setting in ["listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off", tls] {
                 command.args(["-c", setting]);
             }
             command
@@ -273,6 +404,10 @@ fn start_server(engine: Engine, data: &Path, port: u16) -> Child {
             command.args(["--no-defaults", "--user=mysql", "--bind-address=127.0.0.1"]).args(SMALL_MARIADB);
             command.arg(format!("--port={port}")).arg(format!("--datadir={}", data.display()));
             command.arg(format!("--socket={}", data.with_file_name("socket").display()));
+            if data.join("server.key").exists() {
+                command.arg(format!("--ssl-cert={}", data.join("server.crt").display()));
+                command.arg(format!("--ssl-key={}", data.join("server.key").display()));
+            }
             command.args(["--innodb-flush-log-at-trx-commit=2", "--skip-log-bin", "--innodb-use-native-aio=0"]);
             command
         }

@@ -3,6 +3,7 @@
 //!
 //! Everything listens on 127.0.0.1 at a port the system chose, lives in a folder of its own, and ends with its owner.
 
+pub mod certificates;
 pub mod database;
 #[allow(dead_code, unused_imports)] // a model of the host: more of it than any one test needs
 pub mod host;

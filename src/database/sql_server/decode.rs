@@ -40,7 +40,7 @@ fn value(kind: Kind, cell: ColumnData<'static>) -> Result<Option<Value>, &'stati
             _ => Err("is not text"),
         },
         Kind::Decimal(scale) => match cell {
-            ColumnData::Numeric(Some(number)) => decimal(number).map(|number| rescaled(number, scale)),
+            ColumnData::Numeric(Some(number)) => decimal(number).and_then(|number| rescaled(number, scale)),
             _ => Err("is not a decimal"),
         },
         Kind::DateTime => date_time(&cell).map(Value::DateTime).ok_or("is not a date and time without zone"),

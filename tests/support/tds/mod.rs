@@ -7,8 +7,6 @@ mod wire;
 
 use std::{
     io,
-    net::SocketAddr,
-    path::PathBuf,
     sync::{
         Arc, LazyLock, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -29,9 +27,7 @@ pub use self::{
     tokens::{Cell, Column, Table, Tokens, Type},
     wire::{Login, Query},
 };
-
-/// The name in the server's certificate, besides 127.0.0.1.
-pub const NAME: &str = "database.test";
+use super::certificates::CERTIFICATES;
 
 /// An answer to a query.
 pub enum Answer {
@@ -191,12 +187,12 @@ async fn serve(tcp: TcpStream, shared: &Shared) -> io::Result<()> {
 async fn log_in(wire: &mut Wire, shared: &Shared) -> io::Result<Option<()>> {
     let strict = wire.begins_with_tls().await?;
     if strict {
-        wire.encrypt(CERTIFICATES.strict.clone(), false).await?;
+        wire.encrypt(OFFERS.strict.clone(), false).await?;
     }
     let asked = Prelogin::parse(&wire.receive().await?.1);
     wire.send(wire::REPLY, &asked.answer()).await?;
     if !strict {
-        wire.encrypt(CERTIFICATES.in_packets.clone(), true).await?;
+        wire.encrypt(OFFERS.in_packets.clone(), true).await?;
     }
     let (kind, message) = wire.receive().await?;
     assert_eq!(kind, wire::LOGIN7, "a login");
@@ -258,47 +254,24 @@ async fn answer(wire: &mut Wire, told: Answer) -> io::Result<()> {
     wire.send(wire::REPLY, &tokens.0).await
 }
 
-/// An authority, and a server's certificate from it: an authority's own is not accepted as a server's.
-pub struct Certificates {
-    /// PEM.
-    pub authority: String,
+/// TLS as SQL Server offers it.
+struct Offers {
     in_packets: Arc<ServerConfig>,
     strict: Arc<ServerConfig>,
 }
 
-/// Made once per run.
-pub static CERTIFICATES: LazyLock<Certificates> = LazyLock::new(Certificates::new);
-
-impl Certificates {
-    pub fn new() -> Self {
-        let key = rcgen::KeyPair::generate().expect("a key");
-        let mut authority = rcgen::CertificateParams::default();
-        authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        authority.distinguished_name.push(rcgen::DnType::CommonName, "authority of a test");
-        let signed = authority.self_signed(&key).expect("signed by itself");
-        let issuer = rcgen::Issuer::new(authority, key);
-
-        let key = rcgen::KeyPair::generate().expect("a key");
-        let names = vec![NAME.to_owned(), SocketAddr::from(([127, 0, 0, 1], 0)).ip().to_string()];
-        let server = rcgen::CertificateParams::new(names).expect("names").signed_by(&key, &issuer).expect("signed");
-        let config = |versions: &[&'static rustls::SupportedProtocolVersion]| {
-            let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
-            let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-            let config = ServerConfig::builder_with_provider(provider).with_protocol_versions(versions);
-            let config = config.expect("versions").with_no_client_auth();
-            config.with_single_cert(vec![server.der().clone()], key).expect("a certificate and its key")
-        };
-        let mut strict = config(rustls::ALL_VERSIONS);
-        strict.alpn_protocols = vec![b"tds/8.0".to_vec()];
-        // As SQL Server: TLS 1.3 sends tickets after the handshake, when packets no longer wrap it.
-        let in_packets = config(&[&rustls::version::TLS12]);
-        Self { authority: signed.pem(), in_packets: Arc::new(in_packets), strict: Arc::new(strict) }
-    }
-
-    /// The authority in a file of its own.
-    pub fn authority_file(&self, folder: &tempfile::TempDir) -> PathBuf {
-        let file = folder.path().join("authority.pem");
-        std::fs::write(&file, &self.authority).expect("written");
-        file
-    }
-}
+static OFFERS: LazyLock<Offers> = LazyLock::new(|| {
+    let config = |versions: &[&'static rustls::SupportedProtocolVersion]| {
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = ServerConfig::builder_with_provider(provider).with_protocol_versions(versions);
+        let config = config.expect("versions").with_no_client_auth();
+        let (certificate, key) = (CERTIFICATES.certificate.der().clone(), CERTIFICATES.key.serialize_der());
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key));
+        config.with_single_cert(vec![certificate], key).expect("a certificate and its key")
+    };
+    let mut strict = config(rustls::ALL_VERSIONS);
+    strict.alpn_protocols = vec![b"tds/8.0".to_vec()];
+    // As SQL Server: TLS 1.3 sends tickets after the handshake, when packets no longer wrap it.
+    let in_packets = config(&[&rustls::version::TLS12]);
+    Offers { in_packets: Arc::new(in_packets), strict: Arc::new(strict) }
+});

@@ -1,0 +1,54 @@
+//! What the engines over sqlx have in common: rows in its form → ours, its errors → the pool's.
+
+use sqlx::{ColumnIndex, Decode, Type, error::DatabaseError};
+
+use super::{BadRow, Kind, Row, Table, Value, pool::Failure};
+
+/// A row that was asked for as the table's key and its columns. `value` reads one column.
+pub(super) fn row<'r, R>(
+    table: &'static Table,
+    row: &'r R,
+    value: impl Fn(&'r R, usize, Kind) -> Result<Option<Value>, String>,
+) -> Result<Row, BadRow>
+where
+    R: sqlx::Row,
+    usize: ColumnIndex<R>,
+    i64: Decode<'r, R::Database> + Type<R::Database>,
+{
+    // The key is what the row was found by, so it is a number.
+    let key: i64 = row.try_get_unchecked(0).unwrap_or_default();
+    let values =
+        table.columns.iter().enumerate().map(|(index, (column, kind))| {
+            value(row, index + 1, *kind).map_err(|problem| BadRow { key, column, problem })
+        });
+    Ok(Row { key, values: values.collect::<Result<_, _>>()? })
+}
+
+/// A column whose type was looked at, or can be anything.
+pub(super) fn get<'r, R, T>(row: &'r R, index: usize) -> Result<T, String>
+where
+    R: sqlx::Row,
+    usize: ColumnIndex<R>,
+    T: Decode<'r, R::Database> + Type<R::Database>,
+{
+    row.try_get_unchecked(index).map_err(|_| "cannot be decoded".to_owned())
+}
+
+/// What a failure means for the connection; `passing` says which of the server's errors another one may not have.
+pub(super) fn failure(error: sqlx::Error, passing: impl Fn(&dyn DatabaseError) -> bool) -> Failure {
+    let lost = match &error {
+        sqlx::Error::Database(error) => passing(&**error),
+        sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::Tls(_) => true,
+        _ => false,
+    };
+    let problem = problem(&error);
+    if lost { Failure::Lost(problem) } else { Failure::Refused(problem) }
+}
+
+/// What went wrong, in the server's own words where it said something.
+pub(super) fn problem(error: &sqlx::Error) -> String {
+    match error {
+        sqlx::Error::Database(error) => error.message().to_owned(),
+        error => error.to_string(),
+    }
+}
