@@ -336,11 +336,13 @@ async fn template(engine: Engine) -> PathBuf {
             run(install
                 .args(options)
                 .args(SMALL_MARIADB)
-                .arg("--user=mysql")
+                .args(user_option())
                 .arg(format!("--datadir={}", data.display())));
         }
     }
-    let mut server = start_server(engine, &data, port);
+    // Killed with its owner should the script be wrong.
+    let process = Some(start_server(engine, &data, port));
+    let mut server = DatabaseServer { engine, process, folder: made, port, given: None };
     let port_argument = port.to_string();
     let client = |arguments: &[&str]| {
         let mut client = match engine {
@@ -375,8 +377,9 @@ async fn template(engine: Engine) -> PathBuf {
             }
         }
     }
-    signal(server.id(), "TERM");
-    server.wait().expect("stops");
+    let mut process = server.process.take().expect("started above");
+    signal(process.id(), "TERM");
+    process.wait().expect("stops");
     fs::create_dir_all(folder.parent().expect("has one")).expect("made");
     // Another test process may have been as quick: then its folder is as good.
     let _ = Command::new("cp").arg("-r").arg(&data).arg(folder.with_extension("new")).status();
@@ -401,7 +404,7 @@ fn start_server(engine: Engine, data: &Path, port: u16) -> Child {
         }
         Engine::MariaDb => {
             let mut command = Command::new(program(engine, "mariadbd"));
-            command.args(["--no-defaults", "--user=mysql", "--bind-address=127.0.0.1"]).args(SMALL_MARIADB);
+            command.args(["--no-defaults", "--bind-address=127.0.0.1"]).args(user_option()).args(SMALL_MARIADB);
             command.arg(format!("--port={port}")).arg(format!("--datadir={}", data.display()));
             command.arg(format!("--socket={}", data.with_file_name("socket").display()));
             if data.join("server.key").exists() {
@@ -438,11 +441,21 @@ fn is_root() -> bool {
     Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout.trim_ascii() == b"0")
 }
 
-/// Debian keeps PostgreSQL's programs apart by version, out of the path.
+/// Debian keeps PostgreSQL's programs apart by version, and MariaDB's server where only root looks for it.
 fn program(engine: Engine, name: &str) -> PathBuf {
-    let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
-    let found = versions.map(|version| version.path().join("bin").join(name)).filter(|path| path.exists()).max();
-    found.filter(|_| engine == Engine::Postgres).unwrap_or_else(|| name.into())
+    let found = match engine {
+        Engine::Postgres => {
+            let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+            versions.map(|version| version.path().join("bin").join(name)).filter(|path| path.exists()).max()
+        }
+        _ => Some(Path::new("/usr/sbin").join(name)).filter(|path| path.exists()),
+    };
+    found.unwrap_or_else(|| name.into())
+}
+
+/// MariaDB's server gives up root's rights by itself.
+fn user_option() -> Option<&'static str> {
+    is_root().then_some("--user=mysql")
 }
 
 fn run(command: &mut Command) {
