@@ -95,7 +95,7 @@ pub const SETTINGS: &[Setting] = &[
     number("DATABASE_CONNECT_TIMEOUT_MS", "4000", 50, 120_000, "To open a connection or to wait for a free one: below the hard timeout, so that the message names the cause. If not set, a connect timeout in `Sql` counts, up to four fifths of the hard timeout."),
     number("DATABASE_CONNECTION_MAX_AGE_S", "1800", 10, DAY_S, "Age at which a connection is replaced (up to a tenth less, so that they do not end together): what a server or balancer was changed to is noticed within half an hour."),
     Setting { name: "DATABASE_ALLOW_UNVERIFIED", default: "off", kind: Kind::Word(&["on", "off"]), meaning: "`on`: a `Sql` that turns off TLS, or the check of the server's certificate, is also accepted for other hosts than this one: whoever is between may read and change what is said, the password included." },
-    number("FEED_INTERVAL_MS", "", 0, 3_600_000, "How often the database is asked what changed; 0: never. Empty: 1000, but 0 with SQL Server and Redis under a Functions host, where the SQL trigger and the invalidation log do that job."),
+    number("FEED_INTERVAL_MS", "", 0, 3_600_000, "How often the database is asked what changed; 0: never. Empty: 1000, but 0 with SQL Server and Redis under a Functions host, where the SQL trigger (unless it is disabled) and the invalidation log do that job."),
 
     number("MAX_INSTANCES", "", 1, 100_000, "Instances that the plan may start; empty: the platform's `WEBSITE_MAX_DYNAMIC_APPLICATION_SCALE_OUT`, if that is set."),
     number("HTTP_PORT", "7071", 0, 65_535, "Port of a standalone start, as with `func start`; 0: any free one. Under a Functions host the host's port is used."),
@@ -568,7 +568,8 @@ impl Reader<'_> {
         let said =
             source.server().and_then(|server| server.max_connections).map(|said| said.min(MOST_CONNECTIONS as u32));
         let max_connections = said.filter(|_| !is_set("DATABASE_MAX_CONNECTIONS"));
-        let trigger = role == Role::Handler && redis.is_some() && matches!(source, Source::SqlServer(_));
+        let could_be_told = role == Role::Handler && redis.is_some() && matches!(source, Source::SqlServer(_));
+        let trigger = could_be_told && !self.trigger_is_disabled();
         let feed_ms = self.number_or("FEED_INTERVAL_MS", if trigger { 0 } else { 1000 });
         Database {
             max_connections: max_connections.unwrap_or(self.number("DATABASE_MAX_CONNECTIONS") as u32),
@@ -579,6 +580,17 @@ impl Reader<'_> {
             feed_interval: (feed_ms > 0).then(|| Duration::from_millis(feed_ms)),
             source,
         }
+    }
+
+    /// Whether the host was told not to run InvalidateCache: `AzureWebJobs.InvalidateCache.Disabled`, where Linux may
+    /// have underscores for the dots.
+    fn trigger_is_disabled(&self) -> bool {
+        let is_name = |name: &str| {
+            let plain = name.replace("__", ".").replace('_', ".");
+            plain.eq_ignore_ascii_case("AzureWebJobs.InvalidateCache.Disabled")
+        };
+        let is_on = |text: &str| ["true", "1"].iter().any(|on| on.eq_ignore_ascii_case(text.trim()));
+        self.variables.iter().any(|(name, text)| is_name(name) && is_on(text))
     }
 
     /// The platform sets both variables where the app has an identity; only who needs one can miss them.
@@ -930,6 +942,10 @@ mod tests {
         let second = Some(Duration::from_secs(1));
         assert_eq!(interval(&[sql, redis, handler]), None);
         assert_eq!(interval(&[sql, redis, handler, ("FEED_INTERVAL_MS", "500")]), Some(Duration::from_millis(500)));
+        for name in ["AzureWebJobs.InvalidateCache.Disabled", "AzureWebJobs__InvalidateCache__Disabled"] {
+            assert_eq!(interval(&[sql, redis, handler, (name, "True")]), Some(Duration::from_secs(1)), "nobody calls");
+            assert_eq!(interval(&[sql, redis, handler, (name, "false")]), None);
+        }
         assert_eq!(interval(&[sql, redis]), second, "standalone: no trigger");
         assert_eq!(interval(&[sql, handler]), second, "no log");
         assert_eq!(interval(&[("Sql", "postgres://me@h/db"), redis, handler]), second, "no trigger for it");
