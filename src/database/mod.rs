@@ -1,6 +1,6 @@
 //! The one database pool, whatever the engine: rows of a table by their keys, and which keys changed.
 //!
-//! The only place that names a driver; one file per engine. Knows no entity: a [`Table`] says which columns to read
+//! The only place that names a driver; one module per engine. Knows no entity: a [`Table`] says which columns to read
 //! and as what, a [`Row`] holds their values in that order. Connects on first use, never at start.
 
 mod entra;

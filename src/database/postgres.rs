@@ -259,15 +259,27 @@ impl Mark {
     fn read(position: &Position) -> Option<Self> {
         let mut parts = position.0.split(' ');
         let (origin, seen) = (parts.next()?.to_owned(), parts.next()?.to_owned());
-        let snapshot =
-            |text: &str| text.split(':').count() == 3 && text.bytes().all(|b| b.is_ascii_digit() || b":,".contains(&b));
         let page = match (parts.next(), parts.next()) {
-            (Some(upto), Some(version)) if snapshot(upto) => Some((upto.to_owned(), version.parse().ok()?)),
+            (Some(upto), Some(version)) if is_snapshot(upto) => Some((upto.to_owned(), version.parse().ok()?)),
             (None, _) => None,
             _ => return None,
         };
-        snapshot(&seen).then_some(Self { origin, seen, page })
+        is_snapshot(&seen).then_some(Self { origin, seen, page })
     }
+}
+
+/// `xmin:xmax:xid,…` as PostgreSQL takes it: what it refuses would be refused at every look.
+fn is_snapshot(text: &str) -> bool {
+    let parts: Vec<_> = text.split(':').collect();
+    let &[xmin, xmax, open] = &parts[..] else { return false };
+    let open = open.split(',').filter(|xid| !xid.is_empty());
+    let numbers: Option<Vec<u64>> = [xmin].into_iter().chain(open).chain([xmax]).map(|xid| xid.parse().ok()).collect();
+    // The open ones lie from xmin to below xmax.
+    numbers.is_some_and(|numbers| {
+        numbers[0] > 0
+            && numbers.is_sorted()
+            && (numbers.len() == 2 || numbers[numbers.len() - 2] < numbers[numbers.len() - 1])
+    })
 }
 
 impl From<Mark> for Position {

@@ -341,6 +341,19 @@ async fn what_is_pruned_while_a_transaction_is_open_for_days_is_told_to_whoever_
 }
 
 #[tokio::test]
+async fn a_position_that_the_server_would_refuse_is_not_asked_for_again_and_again() {
+    let server = DatabaseServer::start(Engine::Postgres).await;
+    let whole = Reader::new(&server).await.position.to_string();
+    let (origin, _) = whole.split_once(' ').unwrap();
+    for snapshot in ["9:3:", "0:3:", "3:9:12", "3:9:5,4", "3:9:9", "3:9:x", "3:9", "3:9: 3:2: 5"] {
+        let mut reader =
+            Reader { database: database(&server.url(), &[]), position: format!("{origin} {snapshot}").into() };
+        assert_eq!(reader.told().await, None, "{snapshot}");
+        assert_eq!(reader.told().await, Some(vec![]), "{snapshot}");
+    }
+}
+
+#[tokio::test]
 async fn emptying_the_table_is_told() {
     let server = DatabaseServer::start(Engine::Postgres).await;
     let mut reader = Reader::new(&server).await;

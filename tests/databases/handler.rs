@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::{for_every_engine, for_every_server};
 use crate::scenarios::{STAMPEDE, stampede};
@@ -163,6 +163,39 @@ async fn what_changed_while_nobody_ran_is_not_served_from_redis(engine: Engine) 
     assert!(shows(&second.product(680).await, "after"));
     let other = second.product(706).await;
     assert!(other.header("cache-status").starts_with("L2; hit"), "the rest is still good: {other:?}");
+}
+
+/// The position that is kept moves on with every foreign transaction; it must not pass a change that Redis was not told
+/// of, for the instance may die. It once did, while the queue waited a moment after Redis had come back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_kept_position_waits_for_what_redis_was_not_told() {
+    let (server, redis) = (DatabaseServer::start(Engine::Postgres).await, RedisServer::start().await);
+    let proxy = Proxy::start(redis.port).await;
+    let settings = |redis: &str| on(&server.url()).env("Redis", redis).env("FEED_INTERVAL_MS", 20);
+    rename(&server, 680, "before").await;
+    let first = settings(&proxy.redis_url()).up().await;
+    assert!(shows(&first.product(680).await, "before"));
+    let mut foreign = server.session().await;
+    let others = tokio::spawn(async move {
+        loop {
+            foreign.sql("SELECT pg_current_xact_id()").await;
+            sleep(Duration::from_millis(5)).await;
+        }
+    });
+    let kept = async || redis::from_redis_value::<String>(redis.command(&["GET", "product-cache:feed"]).await).unwrap();
+    proxy.set(Fault::Refuse);
+    rename(&server, 680, "after").await;
+    eventually("it is queued", async || (first.status().await["redis"]["expiriesQueued"] == 1).then_some(())).await;
+    sleep(Duration::from_secs(6)).await; // long enough for the pauses between attempts to have grown
+    let before = kept().await;
+    proxy.set(Fault::None);
+    eventually("the position moves on", async || (kept().await != before).then_some(())).await;
+    first.signal("KILL");
+    drop(first);
+    others.abort();
+    let second = settings(&redis.url()).up().await;
+    let reply = second.product(680).await;
+    assert!(shows(&reply, "after"), "{}", reply.header("cache-status"));
 }
 
 /// Counts the queries of products in the database, and makes each of them last a moment.
