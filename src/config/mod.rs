@@ -1,13 +1,15 @@
-//! Environment → [`Config`]: every setting, its default and the reason for it, in one table.
+//! Environment → [`Config`].
 //!
-//! Owns the names and limits of all settings; the README's table is checked against [`SETTINGS`]. Must not know what
-//! the values are used for beyond their type. Invariant: a `Config` exists only if every setting was valid; otherwise
+//! In reading order: `settings` (the table of all there are), `reader` (variables → values), `connection_string` and what
+//! it stands on. Must not know what the values are used for beyond their type. Invariant: a `Config` exists only if every setting was valid; otherwise
 //! [`ConfigError`] names all mistakes at once, and never the value of a secret.
 
 mod ado;
 mod connection_string;
 mod keywords;
+mod reader;
 mod server;
+mod settings;
 
 use std::{
     collections::BTreeMap,
@@ -17,115 +19,14 @@ use std::{
     time::Duration,
 };
 
-pub use self::connection_string::{Login, Server, Source, Tls};
-
-/// One setting: what it is called, what it is when nobody sets it, and what it may be.
-pub struct Setting {
-    /// Name of the environment variable (an app setting in Azure, a `Values` entry in `local.settings.json`).
-    pub name: &'static str,
-    /// Text used when the variable is missing or empty.
-    pub default: &'static str,
-    /// What values are accepted.
-    pub kind: Kind,
-    /// What it does and why the default is what it is: one line of the README's table.
-    pub meaning: &'static str,
-}
-
-/// The values a setting accepts.
-pub enum Kind {
-    /// A whole number between the two, inclusive.
-    Number(u64, u64),
-    /// Free text.
-    Text,
-    /// One of the words listed.
-    Word(&'static [&'static str]),
-    /// Text that never appears in a message.
-    Secret,
-}
-
-const DAY_S: u64 = 24 * 60 * 60;
-const MIB: u64 = 1024 * 1024;
-const MOST_CONNECTIONS: u64 = 1000;
-
-const fn number(name: &'static str, default: &'static str, min: u64, max: u64, meaning: &'static str) -> Setting {
-    Setting { name, default, kind: Kind::Number(min, max), meaning }
-}
-
-const fn text(name: &'static str, default: &'static str, meaning: &'static str) -> Setting {
-    Setting { name, default, kind: Kind::Text, meaning }
-}
-
-/// Every setting, in the order of the README's table.
-#[rustfmt::skip] // a table reads as a table
-pub const SETTINGS: &[Setting] = &[
-    Setting { name: "Sql", default: "", kind: Kind::Secret, meaning: "Database: `sqlite:<file>`, `postgres://user:password@host/database`, `mysql://user:password@host/database`, or for SQL Server `Server=…;Database=…;User ID=…;Password=…`. May also be a connection string of the app named `Sql`. Empty: the embedded catalogue in `product-cache.db` in the working directory, or in memory where that cannot be written." },
-    Setting { name: "Redis", default: "", kind: Kind::Secret, meaning: "Redis: `redis://[user:password@]host:port`. May also be a connection string of the app named `Redis`. Empty: no L2 and no invalidation log; the change feed keeps memory right." },
-
-    number("CACHE_DURATION_S", "300", 1, 30 * DAY_S, "How long an entry is fresh. Changes are told, so this only bounds what no notice covers."),
-    number("CACHE_L1_DURATION_S", "", 1, 30 * DAY_S, "The same for memory alone; empty: `CACHE_DURATION_S`. An entry taken from Redis is kept no longer than it is fresh there."),
-    number("CACHE_L2_DURATION_S", "", 1, 30 * DAY_S, "The same for Redis alone; empty: `CACHE_DURATION_S`."),
-    number("CACHE_ABSENT_DURATION_S", "30", 1, 30 * DAY_S, "How long \"no such product\" is fresh: short, so that an id asked too early is not refused for long."),
-    number("CACHE_JITTER_PERCENT", "10", 0, 90, "Durations are shortened by a random share up to this, so that entries loaded together do not end together."),
-    number("CACHE_L1_MAX_BYTES", "67108864", MIB, 64 * 1024 * MIB, "Bound of what entries take of the process's memory, all bookkeeping included: 64 MiB is some 17,000 products with photos, and 3 % of a 2 GiB instance."),
-    number("CACHE_MAX_BODY_BYTES", "1048576", 1024, 64 * MIB, "A larger body is served but not stored: one row must not evict thousands."),
-    number("CACHE_FAIL_SAFE_MAX_S", "86400", 0, 30 * DAY_S, "How old a stale copy may be to be served while the database fails; 0: never serve stale."),
-    number("CACHE_FAIL_SAFE_THROTTLE_S", "10", 1, DAY_S, "After a failed load, how long its key is answered with the stale copy before the database is tried again."),
-    number("CACHE_UNHEARD_MAX_S", "10", 3, DAY_S, "While an instance cannot hear of changes, how long an entry in its memory stays fresh."),
-    number("CACHE_SOFT_TIMEOUT_MS", "500", 0, 600_000, "When a load takes longer and an entry that merely grew old is known, that is served and the load goes on behind; 0: never. Ten times a slow point read."),
-    number("CACHE_HARD_TIMEOUT_MS", "5000", 50, 600_000, "A load that takes longer is given up. A point read takes about a millisecond; 5 s outlasts a failover's retries."),
-    number("CACHE_LEASE_MS", "10000", 100, 600_000, "How long one instance may hold the right to load a key: above the hard timeout, so that a live loader is never doubled."),
-    number("CACHE_LEASE_WAIT_MS", "2000", 10, 600_000, "How long a read waits for another instance's load before it loads by itself."),
-
-    number("CACHE_EAGER_FACTOR", "3", 0, 1000, "How eagerly hot entries are loaded anew before they end, as a factor on the measured load time (XFetch's beta: 1 is optimal for steady load times, 3 allows for slower ones); 0: never."),
-    number("CACHE_LOADS_MAX", "0", 0, 1000, "Loads that ask the database at once; 0: as many as it has connections."),
-    number("CACHE_LOADS_QUEUED_MAX", "256", 0, 100_000, "Loads that may wait for their turn; more are answered stale or 503 at once. 256 waits of a few milliseconds stay well below the hard timeout."),
-    number("CACHE_BREAKER_FAILURES", "5", 0, 1000, "Failed loads in a row after which the database is left alone but for probes; 0: never."),
-    number("CACHE_BREAKER_PAUSE_MS", "750", 10, 600_000, "Pause between two probes (a quarter more or less): recovery is noticed within a second."),
-
-    number("REDIS_POOL_SIZE", "2", 1, 64, "Shared connections. Each carries all requests at once, so two are for resilience, not for throughput. One more is used by the invalidation log."),
-    Setting { name: "REDIS_FRUGAL", default: "off", kind: Kind::Word(&["on", "off"]), meaning: "`on`: one Redis connection per instance in all; the invalidation log is polled over it." },
-    number("REDIS_FRUGAL_POLL_MS", "200", 10, 5000, "With `REDIS_FRUGAL`, pause between two looks at the log: how much later other instances hear of an expiry."),
-    number("REDIS_MAX_CLIENTS", "0", 0, 10_000_000, "Connections that the Redis tier allows (250 on the smallest); 0: unknown. With `MAX_INSTANCES`, a start that could exceed it is refused."),
-    text("REDIS_PREFIX", "product-cache", "First part of every key: apps that share a Redis take different ones."),
-    number("REDIS_CONNECT_TIMEOUT_MS", "1000", 10, 60_000, "Connect and greeting, TLS included."),
-    number("REDIS_RESPONSE_TIMEOUT_MS", "250", 5, 60_000, "One answer. A healthy one takes under a millisecond; the database is the better source after 250."),
-    number("REDIS_LOG_MAX_LENGTH", "100000", 100, 100_000_000, "Notices kept in the invalidation log: what a disconnected instance can catch up on (a few hundred bytes each, or as many keys as a batch has rows)."),
-
-    number("DATABASE_MAX_CONNECTIONS", "8", 1, MOST_CONNECTIONS, "Bound of the one pool: 8 serve thousands of point reads a second, and 100 instances stay below 1,000 sessions. If not set, a pool size in `Sql` counts."),
-    number("DATABASE_CONNECT_TIMEOUT_MS", "4000", 50, 120_000, "To open a connection or to wait for a free one: below the hard timeout, so that the message names the cause. If not set, a connect timeout in `Sql` counts, up to four fifths of the hard timeout."),
-    number("DATABASE_CONNECTION_MAX_AGE_S", "1800", 10, DAY_S, "Age at which a connection is replaced (up to a tenth less, so that they do not end together): what a server or balancer was changed to is noticed within half an hour."),
-    Setting { name: "DATABASE_ALLOW_UNVERIFIED", default: "off", kind: Kind::Word(&["on", "off"]), meaning: "`on`: a `Sql` that turns off TLS, or the check of the server's certificate, is also accepted for other hosts than this one: whoever is between may read and change what is said, the password included." },
-    number("FEED_INTERVAL_MS", "", 0, 3_600_000, "How often the database is asked what changed; 0: never. Empty: 1000, but 0 with SQL Server and Redis under a Functions host, where the SQL trigger (unless it is disabled) and the invalidation log do that job."),
-
-    number("MAX_INSTANCES", "", 1, 100_000, "Instances that the plan may start; empty: the platform's `WEBSITE_MAX_DYNAMIC_APPLICATION_SCALE_OUT`, if that is set."),
-    number("HTTP_PORT", "7071", 0, 65_535, "Port of a standalone start, as with `func start`; 0: any free one. Under a Functions host the host's port is used."),
-    number("HTTP_WORKERS", "0", 0, 1024, "Threads that answer requests; 0: one per core."),
-    text("HTTP_CACHE_CONTROL", "private, no-cache", "`Cache-Control` of products. The default makes clients ask again each time, which an ETag makes cheap."),
-    number("HTTP_DRAIN_S", "5", 0, 300, "How long SIGTERM waits for requests in flight."),
-    number("REQUEST_TIMEOUT_MS", "10000", 100, 230_000, "Bound of a whole GET. Above it the answer is 503; the platform's own limit is 230 s."),
-    number("INVALIDATE_BUDGET_MS", "60000", 100, 140_000, "How long one InvalidateCache call retries Redis before it fails: below the SQL trigger's lease renewal limit of about 150 s."),
-    number("INVALIDATE_MAX_BODY_BYTES", "67108864", 1024, 1024 * MIB, "Largest trigger batch: 1,000 rows with photos, escaped four times, stay below 64 MiB."),
-
-    Setting { name: "LOG_LEVEL", default: "info", kind: Kind::Word(&["error", "warn", "info", "debug", "trace"]), meaning: "Least severe level that is written." },
-];
-
-/// Set by the Functions host; listed so that a misspelling of one is recognised, not shown in the README.
-const HOST_NAMES: [&str; 3] = ["FUNCTIONS_CUSTOMHANDLER_PORT", "FUNCTIONS_HTTPWORKER_PORT", ROUTE_PREFIX];
-/// Where a connection string is looked for besides its own name, the names that tell its engine first: App Service
-/// puts its type in front, and .NET's configuration its section, where `__` stands for `:` in environment variables.
-const SQL_PREFIXES: &[&str] = &[
-    "POSTGRESQLCONNSTR_",
-    "MYSQLCONNSTR_",
-    "SQLAZURECONNSTR_",
-    "SQLCONNSTR_",
-    "CUSTOMCONNSTR_",
-    SECTION,
-    SECTION_COLON,
-];
-const REDIS_PREFIXES: &[&str] = &["REDISCACHECONNSTR_", "CUSTOMCONNSTR_", SECTION, SECTION_COLON];
-const SECTION: &str = "ConnectionStrings__";
-const SECTION_COLON: &str = "ConnectionStrings:";
-const ROUTE_PREFIX: &str = "AzureFunctionsJobHost__extensions__http__routePrefix";
+pub use self::{
+    connection_string::{Login, Server, Source, Tls},
+    settings::{Kind, SETTINGS, Setting},
+};
+use self::{
+    reader::Reader,
+    settings::{HOST_NAMES, ROUTE_PREFIX, SECTION_COLON, is_known},
+};
 
 /// Who started the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -405,296 +306,6 @@ impl Config {
     }
 }
 
-/// Reads variables by the table and collects what is wrong with them.
-struct Reader<'a> {
-    variables: &'a BTreeMap<String, String>,
-    mistakes: Vec<String>,
-}
-
-impl Reader<'_> {
-    fn setting(name: &str) -> &'static Setting {
-        SETTINGS.iter().find(|setting| setting.name == name).unwrap_or_else(|| panic!("{name} is not in SETTINGS"))
-    }
-
-    /// The text of a setting: what is set, else its default.
-    fn text(&mut self, name: &str) -> String {
-        let setting = Self::setting(name);
-        let value = self.variables.get(name).map_or("", |value| value.trim());
-        if value.is_empty() {
-            return setting.default.to_owned();
-        }
-        if let Kind::Word(words) = setting.kind
-            && !words.iter().any(|word| word.eq_ignore_ascii_case(value))
-        {
-            self.mistakes.push(format!("{name} is {value:?}, not one of {}", words.join(", ")));
-        }
-        value.to_owned()
-    }
-
-    fn number(&mut self, name: &str) -> u64 {
-        self.number_or(name, 0)
-    }
-
-    /// The number of a setting; `fallback` if neither it nor the table names one.
-    fn number_or(&mut self, name: &str, fallback: u64) -> u64 {
-        let text = self.text(name);
-        let Kind::Number(min, max) = Self::setting(name).kind else { panic!("{name} is not a number") };
-        if text.is_empty() {
-            return fallback;
-        }
-        match text.parse::<u64>() {
-            Ok(number) if (min..=max).contains(&number) => number,
-            _ => {
-                self.mistakes.push(format!("{name} is {text:?}, not a whole number from {min} to {max}"));
-                min
-            }
-        }
-    }
-
-    fn seconds(&mut self, name: &str) -> Duration {
-        Duration::from_secs(self.number(name))
-    }
-
-    fn millis(&mut self, name: &str) -> Duration {
-        Duration::from_millis(self.number(name))
-    }
-
-    fn port(&mut self, host_port: Option<&str>) -> u16 {
-        let Some(name) = host_port else { return self.number("HTTP_PORT") as u16 };
-        let text = self.variables.get(name).map_or("", |text| text.trim());
-        match text.parse::<u16>() {
-            Ok(port) if port > 0 => port,
-            _ => {
-                self.mistakes.push(format!("{name} is {text:?}, not a port from 1 to 65535"));
-                0
-            }
-        }
-    }
-
-    fn route_prefix(&mut self) -> String {
-        let prefix = self.variables.get(ROUTE_PREFIX).map_or("api", |prefix| prefix.trim().trim_matches('/'));
-        if !prefix.chars().all(|c| c.is_ascii_alphanumeric() || "-_.~/".contains(c)) {
-            self.mistakes.push(format!("routePrefix is {prefix:?}, not a plain path"));
-        }
-        prefix.to_owned()
-    }
-
-    fn header_value(&mut self, name: &str) -> String {
-        let value = self.text(name);
-        if !value.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
-            self.mistakes.push(format!("{name} has characters that no HTTP header may hold"));
-        }
-        value
-    }
-
-    fn redis(&mut self) -> Option<Redis> {
-        let (name, url) = self.connection_string("Redis", REDIS_PREFIXES);
-        let frugal = self.text("REDIS_FRUGAL").eq_ignore_ascii_case("on");
-        let (pool_size, poll) = (self.number("REDIS_POOL_SIZE") as usize, self.millis("REDIS_FRUGAL_POLL_MS"));
-        let redis = Redis {
-            url: Secret(url.clone()),
-            pool_size: if frugal { 1 } else { pool_size },
-            frugal_poll: frugal.then_some(poll),
-            prefix: self.text("REDIS_PREFIX"),
-            connect_timeout: self.millis("REDIS_CONNECT_TIMEOUT_MS"),
-            response_timeout: self.millis("REDIS_RESPONSE_TIMEOUT_MS"),
-            log_max_length: self.number("REDIS_LOG_MAX_LENGTH"),
-        };
-        if redis.prefix.chars().any(|c| c.is_whitespace() || c.is_control() || "{}".contains(c)) {
-            self.mistakes.push("REDIS_PREFIX has blanks or braces".to_owned());
-        }
-        if url.is_empty() {
-            return None;
-        }
-        self.check_connections(&redis);
-        // A parser's message may quote the password, so only the form is told.
-        let form = url::Url::parse(&url).ok().filter(|url| url.scheme() == "redis" && url.host().is_some());
-        match form.as_ref().map(url::Url::path) {
-            None => self.mistakes.push(format!("{name} is not of the form redis://[user:password@]host:port")),
-            Some("" | "/" | "/0") => {}
-            Some(_) => self.mistakes.push(format!("{name} names a database other than 0, which clusters do not have")),
-        }
-        Some(redis)
-    }
-
-    /// A connection string and the name it was found under. Two that are there must be equal.
-    fn connection_string(&mut self, name: &'static str, prefixes: &[&str]) -> (String, String) {
-        let mut found: Option<(String, &str)> = None;
-        for other in connection_string_names(name, prefixes) {
-            let text = self.variables.get(&other).map_or("", |text| text.trim());
-            match &found {
-                _ if text.is_empty() => {}
-                None => found = Some((other, text)),
-                Some((_, same)) if *same == text => {}
-                Some((first, _)) => {
-                    self.mistakes.push(format!("{first} and {other} are different connection strings; set only one"));
-                }
-            }
-        }
-        found.map_or_else(|| (name.to_owned(), String::new()), |(name, text)| (name, text.to_owned()))
-    }
-
-    fn source(&mut self) -> Source {
-        let (name, text) = self.connection_string("Sql", SQL_PREFIXES);
-        let source = connection_string::parse(&name, &text).unwrap_or_else(|mistakes| {
-            self.mistakes.extend(mistakes.into_iter().map(|mistake| format!("{name}: {mistake}")));
-            Source::Embedded
-        });
-        let allowed = self.text("DATABASE_ALLOW_UNVERIFIED").eq_ignore_ascii_case("on");
-        if let Some(server) = source.server().filter(|server| !allowed && !server.is_local()) {
-            let lacking = match server.tls {
-                Tls::Off => "would not be encrypted",
-                Tls::Unverified => "would accept any certificate",
-                Tls::Verified { .. } => return source,
-            };
-            self.mistakes.push(format!(
-                "{name}: the connection to {} {lacking}; ask for encryption and verification there, or set \
-                 DATABASE_ALLOW_UNVERIFIED=on",
-                server.host
-            ));
-        }
-        source
-    }
-
-    fn database(&mut self, role: Role, redis: Option<&Redis>) -> Database {
-        let source = self.source();
-        let query_timeout = self.millis("CACHE_HARD_TIMEOUT_MS");
-        let is_set = |name: &str| self.variables.get(name).is_some_and(|text| !text.trim().is_empty());
-        // Azure's portal writes 30 s into every string. A load is given up long before, and the message should say
-        // that it was the connection that took too long.
-        let said =
-            source.server().and_then(|server| server.connect_timeout).map(|said| said.min(query_timeout * 4 / 5));
-        let connect_timeout = said.filter(|_| !is_set("DATABASE_CONNECT_TIMEOUT_MS"));
-        let said =
-            source.server().and_then(|server| server.max_connections).map(|said| said.min(MOST_CONNECTIONS as u32));
-        let max_connections = said.filter(|_| !is_set("DATABASE_MAX_CONNECTIONS"));
-        let could_be_told = role == Role::Handler && redis.is_some() && matches!(source, Source::SqlServer(_));
-        let trigger = could_be_told && !self.trigger_is_disabled();
-        let feed_ms = self.number_or("FEED_INTERVAL_MS", if trigger { 0 } else { 1000 });
-        Database {
-            max_connections: max_connections.unwrap_or(self.number("DATABASE_MAX_CONNECTIONS") as u32),
-            connect_timeout: connect_timeout.unwrap_or(self.millis("DATABASE_CONNECT_TIMEOUT_MS")),
-            query_timeout,
-            max_age: self.seconds("DATABASE_CONNECTION_MAX_AGE_S"),
-            identity: self.identity(&source),
-            feed_interval: (feed_ms > 0).then(|| Duration::from_millis(feed_ms)),
-            source,
-        }
-    }
-
-    /// Whether the host was told not to run InvalidateCache: `AzureWebJobs.InvalidateCache.Disabled`, where Linux may
-    /// have underscores for the dots.
-    fn trigger_is_disabled(&self) -> bool {
-        let is_name = |name: &str| {
-            let plain = name.replace("__", ".").replace('_', ".");
-            plain.eq_ignore_ascii_case("AzureWebJobs.InvalidateCache.Disabled")
-        };
-        let is_on = |text: &str| ["true", "1"].iter().any(|on| on.eq_ignore_ascii_case(text.trim()));
-        self.variables.iter().any(|(name, text)| is_name(name) && is_on(text))
-    }
-
-    /// The platform sets both variables where the app has an identity; only who needs one can miss them.
-    fn identity(&mut self, source: &Source) -> Option<IdentityEndpoint> {
-        let variable = |name: &str| self.variables.get(name).map(|text| text.trim()).filter(|text| !text.is_empty());
-        let is_http = |url: &&str| url::Url::parse(url).is_ok_and(|url| url.scheme() == "http" && url.has_host());
-        let (url, header) = (variable("IDENTITY_ENDPOINT"), variable("IDENTITY_HEADER"));
-        let is_needed = source.server().is_some_and(|server| matches!(server.login, Login::ManagedIdentity { .. }));
-        match (url.filter(is_http), header) {
-            (Some(url), Some(header)) => Some(IdentityEndpoint { url: url.to_owned(), header: header.into() }),
-            (None, Some(_)) if is_needed && url.is_some() => {
-                self.mistakes.push("IDENTITY_ENDPOINT is not an http: URL".to_owned());
-                None
-            }
-            _ if is_needed => {
-                self.mistakes.push(
-                    "the database is to be opened with a managed identity, and IDENTITY_ENDPOINT and IDENTITY_HEADER, \
-                     which the platform sets where the app has one, are missing"
-                        .to_owned(),
-                );
-                None
-            }
-            _ => None,
-        }
-    }
-
-    /// Whether all instances together stay within what the Redis tier allows.
-    fn check_connections(&mut self, redis: &Redis) {
-        let platform = self.variables.get("WEBSITE_MAX_DYNAMIC_APPLICATION_SCALE_OUT");
-        let platform = platform.and_then(|instances| instances.trim().parse().ok()).unwrap_or(0);
-        let instances = self.number_or("MAX_INSTANCES", platform);
-        let (each, allowed) = (redis.connections(), self.number("REDIS_MAX_CLIENTS"));
-        if allowed > 0 && instances * each > allowed {
-            self.mistakes.push(format!(
-                "{instances} instances with {each} Redis connections each need {}, and REDIS_MAX_CLIENTS is {allowed}: \
-                 allow {} instances, set REDIS_FRUGAL=on (1 connection each), or take a larger tier",
-                instances * each,
-                allowed / each,
-            ));
-        }
-    }
-
-    /// A name one or two letters off one of ours is a mistake. Others' variables are not: only names that begin as
-    /// ours do, and nobody else's, are looked at.
-    fn find_misspelled(&mut self) {
-        let ours = |name: &str| {
-            ["CACHE_", "REDIS_", "INVALIDATE_", "FEED_", "FUNCTIONS_"].iter().any(|start| name.starts_with(start))
-        };
-        for name in self.variables.keys().filter(|name| ours(name) && !is_known(name)) {
-            let close = SETTINGS
-                .iter()
-                .map(|setting| setting.name)
-                .chain(HOST_NAMES)
-                .find(|known| strsim::damerau_levenshtein(&name.to_uppercase(), &known.to_uppercase()) <= 2);
-            if let Some(known) = close {
-                self.mistakes.push(format!("{name} is not a setting; did you mean {known}?"));
-            }
-        }
-    }
-
-    /// Rules that span settings.
-    fn check_together(&mut self, config: &Config) {
-        let mut rule = |ok: bool, mistake: &str| {
-            if !ok {
-                self.mistakes.push(mistake.to_owned());
-            }
-        };
-        let cache = &config.cache;
-        let redis = config.redis.as_ref().map_or(Duration::ZERO, |redis| {
-            redis.connect_timeout + redis.response_timeout * 3 // read, fill, and one more for a lost script
-        });
-        rule(
-            redis + cache.lease_wait + cache.hard_timeout < config.http.request_timeout,
-            "REQUEST_TIMEOUT_MS must exceed CACHE_HARD_TIMEOUT_MS, and with Redis also CACHE_LEASE_WAIT_MS, \
-             REDIS_CONNECT_TIMEOUT_MS and three times REDIS_RESPONSE_TIMEOUT_MS, else a slow Redis fails reads that the \
-             database could answer",
-        );
-        rule(
-            config.database.feed_interval.is_none_or(|interval| interval * 2 <= cache.unheard_max),
-            "FEED_INTERVAL_MS must be at most half of CACHE_UNHEARD_MAX_S, else memory is distrusted between two looks",
-        );
-        rule(
-            cache.hard_timeout < cache.lease,
-            "CACHE_HARD_TIMEOUT_MS must be below CACHE_LEASE_MS, else a live load loses its lease",
-        );
-        rule(
-            cache.max_body_bytes as u64 * crate::cache::LARGEST_SHARE <= cache.l1_max_bytes,
-            "CACHE_MAX_BODY_BYTES must be at most an eighth of CACHE_L1_MAX_BYTES, else the largest bodies are never kept",
-        );
-    }
-}
-
-fn is_known(name: &str) -> bool {
-    HOST_NAMES.contains(&name)
-        || SETTINGS.iter().any(|setting| setting.name == name)
-        || connection_string_names("Sql", SQL_PREFIXES).any(|known| known == name)
-        || connection_string_names("Redis", REDIS_PREFIXES).any(|known| known == name)
-}
-
-/// Every name a connection string may have.
-fn connection_string_names(name: &str, prefixes: &[&str]) -> impl Iterator<Item = String> {
-    prefixes.iter().copied().chain([""]).map(move |prefix| format!("{prefix}{name}"))
-}
-
 /// The variable by which a Functions host gives the port, if one does; the newer name wins.
 fn port_name(variables: &BTreeMap<String, String>) -> Option<&'static str> {
     HOST_NAMES[..2].iter().find(|name| variables.contains_key(**name)).copied()
@@ -763,7 +374,10 @@ fn read_json(path: &Path) -> Result<Option<serde_json::Value>, String> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        settings::{REDIS_PREFIXES, SQL_PREFIXES},
+        *,
+    };
 
     fn parse(pairs: &[(&str, &str)]) -> Result<Config, ConfigError> {
         Config::from_variables(&pairs.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect())

@@ -1,0 +1,291 @@
+//! Variables → values, by the table: looks each up, checks it, and collects what is wrong.
+//!
+//! Owns the rules between settings too. Invariant: whatever is wrong is told, and none of it by a secret's value.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use super::{
+    Config, Database, IdentityEndpoint, Login, Redis, Role, Secret, Source, Tls, connection_string,
+    settings::{
+        HOST_NAMES, Kind, MOST_CONNECTIONS, REDIS_PREFIXES, ROUTE_PREFIX, SETTINGS, SQL_PREFIXES, Setting,
+        connection_string_names, is_known,
+    },
+};
+
+/// Reads variables by the table and collects what is wrong with them.
+pub(super) struct Reader<'a> {
+    pub(super) variables: &'a BTreeMap<String, String>,
+    pub(super) mistakes: Vec<String>,
+}
+
+impl Reader<'_> {
+    fn setting(name: &str) -> &'static Setting {
+        SETTINGS.iter().find(|setting| setting.name == name).unwrap_or_else(|| panic!("{name} is not in SETTINGS"))
+    }
+
+    /// The text of a setting: what is set, else its default.
+    pub(super) fn text(&mut self, name: &str) -> String {
+        let setting = Self::setting(name);
+        let value = self.variables.get(name).map_or("", |value| value.trim());
+        if value.is_empty() {
+            return setting.default.to_owned();
+        }
+        if let Kind::Word(words) = setting.kind
+            && !words.iter().any(|word| word.eq_ignore_ascii_case(value))
+        {
+            self.mistakes.push(format!("{name} is {value:?}, not one of {}", words.join(", ")));
+        }
+        value.to_owned()
+    }
+
+    pub(super) fn number(&mut self, name: &str) -> u64 {
+        self.number_or(name, 0)
+    }
+
+    /// The number of a setting; `fallback` if neither it nor the table names one.
+    pub(super) fn number_or(&mut self, name: &str, fallback: u64) -> u64 {
+        let text = self.text(name);
+        let Kind::Number(min, max) = Self::setting(name).kind else { panic!("{name} is not a number") };
+        if text.is_empty() {
+            return fallback;
+        }
+        match text.parse::<u64>() {
+            Ok(number) if (min..=max).contains(&number) => number,
+            _ => {
+                self.mistakes.push(format!("{name} is {text:?}, not a whole number from {min} to {max}"));
+                min
+            }
+        }
+    }
+
+    pub(super) fn seconds(&mut self, name: &str) -> Duration {
+        Duration::from_secs(self.number(name))
+    }
+
+    pub(super) fn millis(&mut self, name: &str) -> Duration {
+        Duration::from_millis(self.number(name))
+    }
+
+    pub(super) fn port(&mut self, host_port: Option<&str>) -> u16 {
+        let Some(name) = host_port else { return self.number("HTTP_PORT") as u16 };
+        let text = self.variables.get(name).map_or("", |text| text.trim());
+        match text.parse::<u16>() {
+            Ok(port) if port > 0 => port,
+            _ => {
+                self.mistakes.push(format!("{name} is {text:?}, not a port from 1 to 65535"));
+                0
+            }
+        }
+    }
+
+    pub(super) fn route_prefix(&mut self) -> String {
+        let prefix = self.variables.get(ROUTE_PREFIX).map_or("api", |prefix| prefix.trim().trim_matches('/'));
+        if !prefix.chars().all(|c| c.is_ascii_alphanumeric() || "-_.~/".contains(c)) {
+            self.mistakes.push(format!("routePrefix is {prefix:?}, not a plain path"));
+        }
+        prefix.to_owned()
+    }
+
+    pub(super) fn header_value(&mut self, name: &str) -> String {
+        let value = self.text(name);
+        if !value.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+            self.mistakes.push(format!("{name} has characters that no HTTP header may hold"));
+        }
+        value
+    }
+
+    pub(super) fn redis(&mut self) -> Option<Redis> {
+        let (name, url) = self.connection_string("Redis", REDIS_PREFIXES);
+        let frugal = self.text("REDIS_FRUGAL").eq_ignore_ascii_case("on");
+        let (pool_size, poll) = (self.number("REDIS_POOL_SIZE") as usize, self.millis("REDIS_FRUGAL_POLL_MS"));
+        let redis = Redis {
+            url: Secret(url.clone()),
+            pool_size: if frugal { 1 } else { pool_size },
+            frugal_poll: frugal.then_some(poll),
+            prefix: self.text("REDIS_PREFIX"),
+            connect_timeout: self.millis("REDIS_CONNECT_TIMEOUT_MS"),
+            response_timeout: self.millis("REDIS_RESPONSE_TIMEOUT_MS"),
+            log_max_length: self.number("REDIS_LOG_MAX_LENGTH"),
+        };
+        if redis.prefix.chars().any(|c| c.is_whitespace() || c.is_control() || "{}".contains(c)) {
+            self.mistakes.push("REDIS_PREFIX has blanks or braces".to_owned());
+        }
+        if url.is_empty() {
+            return None;
+        }
+        self.check_connections(&redis);
+        // A parser's message may quote the password, so only the form is told.
+        let form = url::Url::parse(&url).ok().filter(|url| url.scheme() == "redis" && url.host().is_some());
+        match form.as_ref().map(url::Url::path) {
+            None => self.mistakes.push(format!("{name} is not of the form redis://[user:password@]host:port")),
+            Some("" | "/" | "/0") => {}
+            Some(_) => self.mistakes.push(format!("{name} names a database other than 0, which clusters do not have")),
+        }
+        Some(redis)
+    }
+
+    /// A connection string and the name it was found under. Two that are there must be equal.
+    fn connection_string(&mut self, name: &'static str, prefixes: &[&str]) -> (String, String) {
+        let mut found: Option<(String, &str)> = None;
+        for other in connection_string_names(name, prefixes) {
+            let text = self.variables.get(&other).map_or("", |text| text.trim());
+            match &found {
+                _ if text.is_empty() => {}
+                None => found = Some((other, text)),
+                Some((_, same)) if *same == text => {}
+                Some((first, _)) => {
+                    self.mistakes.push(format!("{first} and {other} are different connection strings; set only one"));
+                }
+            }
+        }
+        found.map_or_else(|| (name.to_owned(), String::new()), |(name, text)| (name, text.to_owned()))
+    }
+
+    fn source(&mut self) -> Source {
+        let (name, text) = self.connection_string("Sql", SQL_PREFIXES);
+        let source = connection_string::parse(&name, &text).unwrap_or_else(|mistakes| {
+            self.mistakes.extend(mistakes.into_iter().map(|mistake| format!("{name}: {mistake}")));
+            Source::Embedded
+        });
+        let allowed = self.text("DATABASE_ALLOW_UNVERIFIED").eq_ignore_ascii_case("on");
+        if let Some(server) = source.server().filter(|server| !allowed && !server.is_local()) {
+            let lacking = match server.tls {
+                Tls::Off => "would not be encrypted",
+                Tls::Unverified => "would accept any certificate",
+                Tls::Verified { .. } => return source,
+            };
+            self.mistakes.push(format!(
+                "{name}: the connection to {} {lacking}; ask for encryption and verification there, or set \
+                 DATABASE_ALLOW_UNVERIFIED=on",
+                server.host
+            ));
+        }
+        source
+    }
+
+    pub(super) fn database(&mut self, role: Role, redis: Option<&Redis>) -> Database {
+        let source = self.source();
+        let query_timeout = self.millis("CACHE_HARD_TIMEOUT_MS");
+        let is_set = |name: &str| self.variables.get(name).is_some_and(|text| !text.trim().is_empty());
+        // Azure's portal writes 30 s into every string. A load is given up long before, and the message should say
+        // that it was the connection that took too long.
+        let said =
+            source.server().and_then(|server| server.connect_timeout).map(|said| said.min(query_timeout * 4 / 5));
+        let connect_timeout = said.filter(|_| !is_set("DATABASE_CONNECT_TIMEOUT_MS"));
+        let said =
+            source.server().and_then(|server| server.max_connections).map(|said| said.min(MOST_CONNECTIONS as u32));
+        let max_connections = said.filter(|_| !is_set("DATABASE_MAX_CONNECTIONS"));
+        let could_be_told = role == Role::Handler && redis.is_some() && matches!(source, Source::SqlServer(_));
+        let trigger = could_be_told && !self.trigger_is_disabled();
+        let feed_ms = self.number_or("FEED_INTERVAL_MS", if trigger { 0 } else { 1000 });
+        Database {
+            max_connections: max_connections.unwrap_or(self.number("DATABASE_MAX_CONNECTIONS") as u32),
+            connect_timeout: connect_timeout.unwrap_or(self.millis("DATABASE_CONNECT_TIMEOUT_MS")),
+            query_timeout,
+            max_age: self.seconds("DATABASE_CONNECTION_MAX_AGE_S"),
+            identity: self.identity(&source),
+            feed_interval: (feed_ms > 0).then(|| Duration::from_millis(feed_ms)),
+            source,
+        }
+    }
+
+    /// Whether the host was told not to run InvalidateCache: `AzureWebJobs.InvalidateCache.Disabled`, where Linux may
+    /// have underscores for the dots.
+    fn trigger_is_disabled(&self) -> bool {
+        let is_name = |name: &str| {
+            let plain = name.replace("__", ".").replace('_', ".");
+            plain.eq_ignore_ascii_case("AzureWebJobs.InvalidateCache.Disabled")
+        };
+        let is_on = |text: &str| ["true", "1"].iter().any(|on| on.eq_ignore_ascii_case(text.trim()));
+        self.variables.iter().any(|(name, text)| is_name(name) && is_on(text))
+    }
+
+    /// The platform sets both variables where the app has an identity; only who needs one can miss them.
+    fn identity(&mut self, source: &Source) -> Option<IdentityEndpoint> {
+        let variable = |name: &str| self.variables.get(name).map(|text| text.trim()).filter(|text| !text.is_empty());
+        let is_http = |url: &&str| url::Url::parse(url).is_ok_and(|url| url.scheme() == "http" && url.has_host());
+        let (url, header) = (variable("IDENTITY_ENDPOINT"), variable("IDENTITY_HEADER"));
+        let is_needed = source.server().is_some_and(|server| matches!(server.login, Login::ManagedIdentity { .. }));
+        match (url.filter(is_http), header) {
+            (Some(url), Some(header)) => Some(IdentityEndpoint { url: url.to_owned(), header: header.into() }),
+            (None, Some(_)) if is_needed && url.is_some() => {
+                self.mistakes.push("IDENTITY_ENDPOINT is not an http: URL".to_owned());
+                None
+            }
+            _ if is_needed => {
+                self.mistakes.push(
+                    "the database is to be opened with a managed identity, and IDENTITY_ENDPOINT and IDENTITY_HEADER, \
+                     which the platform sets where the app has one, are missing"
+                        .to_owned(),
+                );
+                None
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether all instances together stay within what the Redis tier allows.
+    fn check_connections(&mut self, redis: &Redis) {
+        let platform = self.variables.get("WEBSITE_MAX_DYNAMIC_APPLICATION_SCALE_OUT");
+        let platform = platform.and_then(|instances| instances.trim().parse().ok()).unwrap_or(0);
+        let instances = self.number_or("MAX_INSTANCES", platform);
+        let (each, allowed) = (redis.connections(), self.number("REDIS_MAX_CLIENTS"));
+        if allowed > 0 && instances * each > allowed {
+            self.mistakes.push(format!(
+                "{instances} instances with {each} Redis connections each need {}, and REDIS_MAX_CLIENTS is {allowed}: \
+                 allow {} instances, set REDIS_FRUGAL=on (1 connection each), or take a larger tier",
+                instances * each,
+                allowed / each,
+            ));
+        }
+    }
+
+    /// A name one or two letters off one of ours is a mistake. Others' variables are not: only names that begin as
+    /// ours do, and nobody else's, are looked at.
+    pub(super) fn find_misspelled(&mut self) {
+        let ours = |name: &str| {
+            ["CACHE_", "REDIS_", "INVALIDATE_", "FEED_", "FUNCTIONS_"].iter().any(|start| name.starts_with(start))
+        };
+        for name in self.variables.keys().filter(|name| ours(name) && !is_known(name)) {
+            let close = SETTINGS
+                .iter()
+                .map(|setting| setting.name)
+                .chain(HOST_NAMES)
+                .find(|known| strsim::damerau_levenshtein(&name.to_uppercase(), &known.to_uppercase()) <= 2);
+            if let Some(known) = close {
+                self.mistakes.push(format!("{name} is not a setting; did you mean {known}?"));
+            }
+        }
+    }
+
+    /// Rules that span settings.
+    pub(super) fn check_together(&mut self, config: &Config) {
+        let mut rule = |ok: bool, mistake: &str| {
+            if !ok {
+                self.mistakes.push(mistake.to_owned());
+            }
+        };
+        let cache = &config.cache;
+        let redis = config.redis.as_ref().map_or(Duration::ZERO, |redis| {
+            redis.connect_timeout + redis.response_timeout * 3 // read, fill, and one more for a lost script
+        });
+        rule(
+            redis + cache.lease_wait + cache.hard_timeout < config.http.request_timeout,
+            "REQUEST_TIMEOUT_MS must exceed CACHE_HARD_TIMEOUT_MS, and with Redis also CACHE_LEASE_WAIT_MS, \
+             REDIS_CONNECT_TIMEOUT_MS and three times REDIS_RESPONSE_TIMEOUT_MS, else a slow Redis fails reads that the \
+             database could answer",
+        );
+        rule(
+            config.database.feed_interval.is_none_or(|interval| interval * 2 <= cache.unheard_max),
+            "FEED_INTERVAL_MS must be at most half of CACHE_UNHEARD_MAX_S, else memory is distrusted between two looks",
+        );
+        rule(
+            cache.hard_timeout < cache.lease,
+            "CACHE_HARD_TIMEOUT_MS must be below CACHE_LEASE_MS, else a live load loses its lease",
+        );
+        rule(
+            cache.max_body_bytes as u64 * crate::cache::LARGEST_SHARE <= cache.l1_max_bytes,
+            "CACHE_MAX_BODY_BYTES must be at most an eighth of CACHE_L1_MAX_BYTES, else the largest bodies are never kept",
+        );
+    }
+}
