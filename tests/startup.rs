@@ -79,7 +79,9 @@ async fn wrong_settings_stop_the_start_with_one_line_that_names_them_all() {
 #[tokio::test]
 async fn local_settings_count_for_a_person_and_not_under_a_host() {
     let folder = tempfile::tempdir().unwrap();
-    let port = free_port();
+    // Held, so that nobody is given it as a free one.
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
     let settings =
         format!(r#"{{"IsEncrypted":false,"Values":{{"HTTP_PORT":"{port}","CACHE_DURATION_S":"no number"}}}}"#);
     std::fs::write(folder.path().join("local.settings.json"), settings).unwrap();
