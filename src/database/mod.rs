@@ -14,8 +14,8 @@ mod sqlite;
 
 use std::{fmt, time::Duration};
 
+use async_trait::async_trait;
 use chrono::NaiveDateTime;
-use futures_util::{FutureExt, future::BoxFuture};
 use rust_decimal::{Decimal, RoundingStrategy};
 use tokio::time::timeout;
 
@@ -132,35 +132,28 @@ pub struct Database {
 }
 
 /// What an engine must do. Dropping a future cancels the query and leaves the pool usable.
+#[async_trait]
 trait Engine: Send + Sync {
     /// Opens the first connection now, and says in words what was opened (no secrets).
-    fn open(&self) -> BoxFuture<'_, Result<String, Error>>;
+    async fn open(&self) -> Result<String, Error>;
 
     /// The rows with these keys, in one query, in no particular order; keys without a row are left out.
-    fn rows<'a>(
-        &'a self,
-        table: &'static Table,
-        keys: &'a [i64],
-    ) -> BoxFuture<'a, Result<Vec<Result<Row, BadRow>>, Error>>;
+    async fn rows(&self, table: &'static Table, keys: &[i64]) -> Result<Vec<Result<Row, BadRow>>, Error>;
 
     /// The position after every change committed so far.
-    fn latest_change(&self, table: &'static Table) -> BoxFuture<'_, Result<Position, Error>>;
+    async fn latest_change(&self, table: &'static Table) -> Result<Position, Error>;
 
     /// What was committed after `position`: at least one page of it.
-    fn changes_since<'a>(
-        &'a self,
-        table: &'static Table,
-        position: &'a Position,
-    ) -> BoxFuture<'a, Result<Changes, Error>>;
+    async fn changes_since(&self, table: &'static Table, position: &Position) -> Result<Changes, Error>;
 
     /// Ends when the engine was told that something changed, or might have been told and was not listening. Never
     /// ends where the engine tells nothing.
-    fn change_hint(&self, _table: &'static Table) -> BoxFuture<'_, ()> {
-        std::future::pending().boxed()
+    async fn change_hint(&self, _table: &'static Table) {
+        std::future::pending().await
     }
 
     /// Closes the connections; one at work is closed when it is done.
-    fn close(&self) -> BoxFuture<'_, ()>;
+    async fn close(&self);
 }
 
 impl Database {

@@ -10,8 +10,9 @@ use std::{
     time::Duration,
 };
 
+use async_trait::async_trait;
 use chrono::{NaiveDate, NaiveDateTime};
-use futures_util::{FutureExt, future::BoxFuture};
+use futures_util::FutureExt;
 use rust_decimal::Decimal;
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, Row as _, TypeInfo, ValueRef,
@@ -83,14 +84,6 @@ impl MySql {
         }
     }
 
-    async fn rows(&self, table: &'static Table, keys: &[i64]) -> Result<Vec<Result<Row, BadRow>>, Error> {
-        let columns: Vec<_> = table.columns.iter().map(|(name, _)| *name).collect();
-        let sql = format!("SELECT {}, {} FROM {}", table.key, columns.join(", "), table.name);
-        let is_key = format!("{} = ?", table.key);
-        let rows = self.any_of(&sql, &is_key, keys.iter().map(|key| vec![*key]).collect()).await?;
-        Ok(rows.iter().map(|row| over_sqlx::row(table, row, decode_value)).collect())
-    }
-
     /// Runs a query for rows that meet the condition with any of these parameters. Their number is filled up to a power
     /// of two with the last ones, so that few statements are prepared.
     async fn any_of(
@@ -109,6 +102,78 @@ impl MySql {
             async move { query.fetch_all(&mut session.connection).await.map_err(failure) }.boxed()
         });
         rows.await
+    }
+
+    /// Reads what has appeared in gaps, and settles those whose transactions were rolled back.
+    async fn read_gaps(&self, table: &'static Table, gaps: &mut Gaps) -> Result<BTreeMap<i64, i32>, Error> {
+        let select = format!("SELECT version, {} FROM {}_change", table.key, table.name);
+        let bounds = gaps.missing().into_iter().map(|gap| vec![*gap.start(), *gap.end()]).collect();
+        let rows = self.any_of(&select, "version BETWEEN ? AND ?", bounds).await?;
+        let mut changes = changes(&rows)?;
+        gaps.seen(&changes.keys().copied().collect());
+        for gap in gaps.look() {
+            let Some(rows) = self.unless_held(&select, &gap).await? else {
+                tracing::debug!("a transaction that changes products is still open");
+                continue;
+            };
+            gaps.nobody_holds(&gap);
+            let closed = self::changes(&rows)?;
+            gaps.seen(&closed.keys().copied().collect());
+            changes.extend(closed);
+        }
+        Ok(changes)
+    }
+
+    /// The rows in this gap, unless somebody has written there and has not committed yet. Waits for nobody.
+    async fn unless_held(&self, select: &str, gap: &RangeInclusive<i64>) -> Result<Option<Vec<MySqlRow>>, Error> {
+        let rows = self.pool.run(|session| {
+            let locking = if session.is_mariadb { "LOCK IN SHARE MODE NOWAIT" } else { "FOR SHARE NOWAIT" };
+            let sql = format!("{select} WHERE version BETWEEN ? AND ? {locking}");
+            let query = sqlx::query(AssertSqlSafe(sql)).bind(*gap.start()).bind(*gap.end());
+            async move {
+                match query.fetch_all(&mut session.connection).await {
+                    Ok(rows) => Ok(Some(rows)),
+                    Err(sqlx::Error::Database(error))
+                        if number(&*error).is_some_and(|number| LOCKED.contains(&number)) =>
+                    {
+                        Ok(None)
+                    }
+                    Err(error) => Err(failure(error)),
+                }
+            }
+            .boxed()
+        });
+        rows.await
+    }
+}
+
+fn changes(rows: &[MySqlRow]) -> Result<BTreeMap<i64, i32>, Error> {
+    let changes = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect::<sqlx::Result<_>>();
+    changes.map_err(|error| Error::Unavailable(error.to_string()))
+}
+
+fn lacks_row(table: &'static Table) -> Error {
+    Error::Unavailable(format!("{}_change_pruned has no row: sql/mysql.sql makes it", table.name))
+}
+
+#[async_trait]
+impl Engine for MySql {
+    async fn open(&self) -> Result<String, Error> {
+        let version = self.pool.run(|session| {
+            let version = sqlx::query_scalar("SELECT version()");
+            async move { version.fetch_one(&mut session.connection).await.map_err(failure) }.boxed()
+        });
+        let version: String = version.await?;
+        let product = if version.contains("MariaDB") { "MariaDB" } else { "MySQL" };
+        Ok(format!("{product} {version}, {}", self.what))
+    }
+
+    async fn rows(&self, table: &'static Table, keys: &[i64]) -> Result<Vec<Result<Row, BadRow>>, Error> {
+        let columns: Vec<_> = table.columns.iter().map(|(name, _)| *name).collect();
+        let sql = format!("SELECT {}, {} FROM {}", table.key, columns.join(", "), table.name);
+        let is_key = format!("{} = ?", table.key);
+        let rows = self.any_of(&sql, &is_key, keys.iter().map(|key| vec![*key]).collect()).await?;
+        Ok(rows.iter().map(|row| over_sqlx::row(table, row, decode_value)).collect())
     }
 
     async fn latest_change(&self, table: &'static Table) -> Result<Position, Error> {
@@ -166,95 +231,8 @@ impl MySql {
         Ok(Changes { keys: keys.into_iter().collect(), position: mark.into(), overrun: false, more })
     }
 
-    /// Reads what has appeared in gaps, and settles those whose transactions were rolled back.
-    async fn read_gaps(&self, table: &'static Table, gaps: &mut Gaps) -> Result<BTreeMap<i64, i32>, Error> {
-        let select = format!("SELECT version, {} FROM {}_change", table.key, table.name);
-        let bounds = gaps.missing().into_iter().map(|gap| vec![*gap.start(), *gap.end()]).collect();
-        let rows = self.any_of(&select, "version BETWEEN ? AND ?", bounds).await?;
-        let mut changes = changes(&rows)?;
-        gaps.seen(&changes.keys().copied().collect());
-        for gap in gaps.look() {
-            let Some(rows) = self.unless_held(&select, &gap).await? else {
-                tracing::debug!("a transaction that changes products is still open");
-                continue;
-            };
-            gaps.nobody_holds(&gap);
-            let closed = self::changes(&rows)?;
-            gaps.seen(&closed.keys().copied().collect());
-            changes.extend(closed);
-        }
-        Ok(changes)
-    }
-
-    /// The rows in this gap, unless somebody has written there and has not committed yet. Waits for nobody.
-    async fn unless_held(&self, select: &str, gap: &RangeInclusive<i64>) -> Result<Option<Vec<MySqlRow>>, Error> {
-        let rows = self.pool.run(|session| {
-            let locking = if session.is_mariadb { "LOCK IN SHARE MODE NOWAIT" } else { "FOR SHARE NOWAIT" };
-            let sql = format!("{select} WHERE version BETWEEN ? AND ? {locking}");
-            let query = sqlx::query(AssertSqlSafe(sql)).bind(*gap.start()).bind(*gap.end());
-            async move {
-                match query.fetch_all(&mut session.connection).await {
-                    Ok(rows) => Ok(Some(rows)),
-                    Err(sqlx::Error::Database(error))
-                        if number(&*error).is_some_and(|number| LOCKED.contains(&number)) =>
-                    {
-                        Ok(None)
-                    }
-                    Err(error) => Err(failure(error)),
-                }
-            }
-            .boxed()
-        });
-        rows.await
-    }
-}
-
-fn changes(rows: &[MySqlRow]) -> Result<BTreeMap<i64, i32>, Error> {
-    let changes = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect::<sqlx::Result<_>>();
-    changes.map_err(|error| Error::Unavailable(error.to_string()))
-}
-
-fn lacks_row(table: &'static Table) -> Error {
-    Error::Unavailable(format!("{}_change_pruned has no row: sql/mysql.sql makes it", table.name))
-}
-
-impl Engine for MySql {
-    fn open(&self) -> BoxFuture<'_, Result<String, Error>> {
-        async {
-            let version = self.pool.run(|session| {
-                let version = sqlx::query_scalar("SELECT version()");
-                async move { version.fetch_one(&mut session.connection).await.map_err(failure) }.boxed()
-            });
-            let version: String = version.await?;
-            let product = if version.contains("MariaDB") { "MariaDB" } else { "MySQL" };
-            Ok(format!("{product} {version}, {}", self.what))
-        }
-        .boxed()
-    }
-
-    fn rows<'a>(
-        &'a self,
-        table: &'static Table,
-        keys: &'a [i64],
-    ) -> BoxFuture<'a, Result<Vec<Result<Row, BadRow>>, Error>> {
-        self.rows(table, keys).boxed()
-    }
-
-    fn latest_change(&self, table: &'static Table) -> BoxFuture<'_, Result<Position, Error>> {
-        self.latest_change(table).boxed()
-    }
-
-    fn changes_since<'a>(
-        &'a self,
-        table: &'static Table,
-        position: &'a Position,
-    ) -> BoxFuture<'a, Result<Changes, Error>> {
-        self.changes_since(table, position).boxed()
-    }
-
-    fn close(&self) -> BoxFuture<'_, ()> {
+    async fn close(&self) {
         self.pool.close();
-        std::future::ready(()).boxed()
     }
 }
 

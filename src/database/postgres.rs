@@ -8,8 +8,9 @@ use std::{
     time::Duration,
 };
 
+use async_trait::async_trait;
 use chrono::{Datelike, NaiveDate, NaiveDateTime, TimeDelta};
-use futures_util::{FutureExt, future::BoxFuture};
+use futures_util::FutureExt;
 use rust_decimal::Decimal;
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, Row as _, TypeInfo, ValueRef,
@@ -70,6 +71,18 @@ impl Postgres {
             pool: Pool::new(Opener(options), config, config.max_connections - u32::from(listens)),
             what: format!("{} at {}:{}", server.database, server.host, server.port),
         }
+    }
+}
+
+#[async_trait]
+impl Engine for Postgres {
+    async fn open(&self) -> Result<String, Error> {
+        let version = self.pool.run(|connection| {
+            let version = sqlx::query_scalar("SELECT current_setting('server_version')");
+            async move { version.fetch_one(connection).await.map_err(failure) }.boxed()
+        });
+        let version: String = version.await?;
+        Ok(format!("PostgreSQL {version}, {}", self.what))
     }
 
     async fn rows(&self, table: &'static Table, keys: &[i64]) -> Result<Vec<Result<Row, BadRow>>, Error> {
@@ -153,54 +166,19 @@ impl Postgres {
         keys.dedup();
         Ok(Changes { keys, position: position.into(), overrun: false, more })
     }
-}
 
-impl Engine for Postgres {
-    fn open(&self) -> BoxFuture<'_, Result<String, Error>> {
-        async {
-            let version = self.pool.run(|connection| {
-                let version = sqlx::query_scalar("SELECT current_setting('server_version')");
-                async move { version.fetch_one(connection).await.map_err(failure) }.boxed()
-            });
-            let version: String = version.await?;
-            Ok(format!("PostgreSQL {version}, {}", self.what))
-        }
-        .boxed()
-    }
-
-    fn rows<'a>(
-        &'a self,
-        table: &'static Table,
-        keys: &'a [i64],
-    ) -> BoxFuture<'a, Result<Vec<Result<Row, BadRow>>, Error>> {
-        self.rows(table, keys).boxed()
-    }
-
-    fn latest_change(&self, table: &'static Table) -> BoxFuture<'_, Result<Position, Error>> {
-        self.latest_change(table).boxed()
-    }
-
-    fn changes_since<'a>(
-        &'a self,
-        table: &'static Table,
-        position: &'a Position,
-    ) -> BoxFuture<'a, Result<Changes, Error>> {
-        self.changes_since(table, position).boxed()
-    }
-
-    fn change_hint(&self, table: &'static Table) -> BoxFuture<'_, ()> {
-        let Some(options) = &self.listen else { return std::future::pending().boxed() };
+    async fn change_hint(&self, table: &'static Table) {
+        let Some(options) = &self.listen else { return std::future::pending().await };
         self.listener.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| {
             let (options, heard) = (options.clone(), self.heard.clone());
             keep_running(&Handle::current(), "listener", move || listen(options.clone(), table, heard.clone()))
         });
-        self.heard.notified().boxed()
+        self.heard.notified().await;
     }
 
-    fn close(&self) -> BoxFuture<'_, ()> {
+    async fn close(&self) {
         self.pool.close();
         drop(self.listener.lock().unwrap_or_else(PoisonError::into_inner).take());
-        std::future::ready(()).boxed()
     }
 }
 

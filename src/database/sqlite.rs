@@ -10,8 +10,8 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering},
 };
 
+use async_trait::async_trait;
 use chrono::{NaiveDate, NaiveDateTime};
-use futures_util::{FutureExt, future::BoxFuture};
 use rust_decimal::Decimal;
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, SqliteConnection, SqlitePool,
@@ -48,50 +48,10 @@ struct Opened {
     _keeper: Option<Mutex<SqliteConnection>>,
 }
 
+#[async_trait]
 impl Engine for Sqlite {
-    fn open(&self) -> BoxFuture<'_, Result<String, Error>> {
-        async { Ok(self.opened().await?.what.clone()) }.boxed()
-    }
-
-    fn rows<'a>(
-        &'a self,
-        table: &'static Table,
-        keys: &'a [i64],
-    ) -> BoxFuture<'a, Result<Vec<Result<Row, BadRow>>, Error>> {
-        self.rows(table, keys).boxed()
-    }
-
-    fn latest_change(&self, table: &'static Table) -> BoxFuture<'_, Result<Position, Error>> {
-        async move { Ok(self.position(self.latest(table).await?)) }.boxed()
-    }
-
-    fn changes_since<'a>(
-        &'a self,
-        table: &'static Table,
-        position: &'a Position,
-    ) -> BoxFuture<'a, Result<Changes, Error>> {
-        self.changes_since(table, position).boxed()
-    }
-
-    fn close(&self) -> BoxFuture<'_, ()> {
-        async {
-            if let Some(opened) = self.opened.get() {
-                opened.pool.close().await;
-            }
-        }
-        .boxed()
-    }
-}
-
-impl Sqlite {
-    /// The catalogue that the program brings along.
-    pub(super) fn embedded(config: &config::Database) -> Self {
-        Self { config: config.clone(), url: None, opened: OnceCell::new() }
-    }
-
-    /// Somebody's file.
-    pub(super) fn named(config: &config::Database, url: &Secret) -> Self {
-        Self { config: config.clone(), url: Some(url.clone()), opened: OnceCell::new() }
+    async fn open(&self) -> Result<String, Error> {
+        Ok(self.opened().await?.what.clone())
     }
 
     async fn rows(&self, table: &'static Table, keys: &[i64]) -> Result<Vec<Result<Row, BadRow>>, Error> {
@@ -113,19 +73,8 @@ impl Sqlite {
         Ok(rows.map_err(unavailable)?.iter().map(|row| over_sqlx::row(table, row, decode_value)).collect())
     }
 
-    async fn latest(&self, table: &'static Table) -> Result<i64, Error> {
-        // AUTOINCREMENT's own counter survives the deletion of rows, and an INSERT OR FAIL that fails half-way survives
-        // without it.
-        let sql = format!(
-            "SELECT max(coalesce((SELECT seq FROM sqlite_sequence WHERE name = ?1), 0),
-               coalesce((SELECT max(version) FROM {0}_change), 0))",
-            table.name
-        );
-        sqlx::query_scalar(AssertSqlSafe(sql))
-            .bind(format!("{}_change", table.name))
-            .fetch_one(&self.opened().await?.pool)
-            .await
-            .map_err(unavailable)
+    async fn latest_change(&self, table: &'static Table) -> Result<Position, Error> {
+        Ok(self.position(self.latest(table).await?))
     }
 
     async fn changes_since(&self, table: &'static Table, position: &Position) -> Result<Changes, Error> {
@@ -158,6 +107,39 @@ impl Sqlite {
             overrun: first != Some(version + 1),
             more: last < latest,
         })
+    }
+
+    async fn close(&self) {
+        if let Some(opened) = self.opened.get() {
+            opened.pool.close().await;
+        }
+    }
+}
+
+impl Sqlite {
+    /// The catalogue that the program brings along.
+    pub(super) fn embedded(config: &config::Database) -> Self {
+        Self { config: config.clone(), url: None, opened: OnceCell::new() }
+    }
+
+    /// Somebody's file.
+    pub(super) fn named(config: &config::Database, url: &Secret) -> Self {
+        Self { config: config.clone(), url: Some(url.clone()), opened: OnceCell::new() }
+    }
+
+    async fn latest(&self, table: &'static Table) -> Result<i64, Error> {
+        // AUTOINCREMENT's own counter survives the deletion of rows, and an INSERT OR FAIL that fails half-way survives
+        // without it.
+        let sql = format!(
+            "SELECT max(coalesce((SELECT seq FROM sqlite_sequence WHERE name = ?1), 0),
+               coalesce((SELECT max(version) FROM {0}_change), 0))",
+            table.name
+        );
+        sqlx::query_scalar(AssertSqlSafe(sql))
+            .bind(format!("{}_change", table.name))
+            .fetch_one(&self.opened().await?.pool)
+            .await
+            .map_err(unavailable)
     }
 
     fn position(&self, version: i64) -> Position {

@@ -9,7 +9,8 @@ mod decode;
 
 use std::collections::BTreeSet;
 
-use futures_util::{FutureExt, future::BoxFuture};
+use async_trait::async_trait;
+use futures_util::FutureExt;
 use tiberius::Query;
 
 use self::connect::{Connection, Connector, failure};
@@ -35,46 +36,9 @@ pub(super) struct SqlServer {
     place: String,
 }
 
+#[async_trait]
 impl Engine for SqlServer {
-    fn open(&self) -> BoxFuture<'_, Result<String, Error>> {
-        self.describe().boxed()
-    }
-
-    fn rows<'a>(
-        &'a self,
-        table: &'static Table,
-        keys: &'a [i64],
-    ) -> BoxFuture<'a, Result<Vec<Result<Row, BadRow>>, Error>> {
-        self.rows(table, keys).boxed()
-    }
-
-    fn latest_change(&self, table: &'static Table) -> BoxFuture<'_, Result<Position, Error>> {
-        async move { Ok(self.feed(table, None).await?.0.position()) }.boxed()
-    }
-
-    fn changes_since<'a>(
-        &'a self,
-        table: &'static Table,
-        position: &'a Position,
-    ) -> BoxFuture<'a, Result<Changes, Error>> {
-        self.changes_since(table, position).boxed()
-    }
-
-    fn close(&self) -> BoxFuture<'_, ()> {
-        async { self.pool.close() }.boxed()
-    }
-}
-
-impl SqlServer {
-    /// Describes the pool; nothing is opened before the first use.
-    pub(super) fn new(config: &config::Database, server: &Server) -> Self {
-        Self {
-            pool: Pool::new(Connector::new(config, server), config, config.max_connections),
-            place: format!("database {} on {}:{}", server.database, server.host, server.port),
-        }
-    }
-
-    async fn describe(&self) -> Result<String, Error> {
+    async fn open(&self) -> Result<String, Error> {
         let sql = "SELECT CAST(SERVERPROPERTY('Edition') AS nvarchar(128)), \
                    CAST(SERVERPROPERTY('ProductVersion') AS nvarchar(128))";
         let rows = self.query(sql.to_owned(), Vec::new()).await?;
@@ -111,6 +75,10 @@ impl SqlServer {
         Ok(found)
     }
 
+    async fn latest_change(&self, table: &'static Table) -> Result<Position, Error> {
+        Ok(self.feed(table, None).await?.0.position())
+    }
+
     async fn changes_since(&self, table: &'static Table, position: &Position) -> Result<Changes, Error> {
         // What no change tracking wrote counts as before the first change.
         let (since, created) = position.0.split_once('@').unwrap_or_default();
@@ -124,6 +92,20 @@ impl SqlServer {
         let keys: BTreeSet<_> = whole.map(|(_, key)| *key).collect();
         let position = State { latest: end.min(state.latest), ..state }.position();
         Ok(Changes { keys: keys.into_iter().collect(), position, overrun: false, more })
+    }
+
+    async fn close(&self) {
+        self.pool.close();
+    }
+}
+
+impl SqlServer {
+    /// Describes the pool; nothing is opened before the first use.
+    pub(super) fn new(config: &config::Database, server: &Server) -> Self {
+        Self {
+            pool: Pool::new(Connector::new(config, server), config, config.max_connections),
+            place: format!("database {} on {}:{}", server.database, server.host, server.port),
+        }
     }
 
     /// How far the feed goes, and up to a page and one of what changed after `since`: (version, key), oldest first.
