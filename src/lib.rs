@@ -17,6 +17,7 @@
 //! | [`cache`] | get-or-load and expire: memory, Redis, leases, the log; knows no entity |
 //! | [`redis`] | the one Redis pool |
 //! | [`database`] | the one database pool; the only place that names an engine |
+//! | `entra` | tokens of the app's managed identity |
 //! | [`config`], [`telemetry`], [`background`] | settings, logs, tasks that must not die |
 //!
 //! What always holds, and is tested: one load per key and instance (C1) and, while Redis answers, per cluster (C2); no
@@ -30,6 +31,7 @@ pub mod background;
 pub mod cache;
 pub mod config;
 pub mod database;
+mod entra;
 pub mod functions;
 pub mod product;
 pub mod redis;

@@ -412,7 +412,7 @@ async fn the_hosts_key_is_enforced_by_the_host_and_appears_nowhere() {
     let keys: Vec<String> = redis::from_redis_value(redis.command(&["KEYS", "*"]).await).unwrap();
     let mut all = keys.join("\n") + &with_code.text() + &with_header.text();
     all.extend(host.console().into_iter().map(|line| line.text));
-    assert!(all.contains("product-cache:product:680") && !all.contains("S3CRETKEY"), "{all}");
+    assert!(all.contains("{product-cache}:product:680") && !all.contains("S3CRETKEY"), "{all}");
 }
 
 #[tokio::test]

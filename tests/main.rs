@@ -15,6 +15,7 @@ mod history;
 mod host_stand_in;
 mod invalidate_cache;
 mod model;
+mod redis_servers;
 mod repository;
 mod scenarios;
 mod sql_server;

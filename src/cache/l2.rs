@@ -112,7 +112,7 @@ pub(super) struct Fill<'a> {
 
 pub(super) struct L2 {
     redis: Redis,
-    prefix: String,
+    config: config::Redis,
     lease: Duration,
     read_or_lease: Lua,
     fill: Lua,
@@ -123,7 +123,7 @@ impl L2 {
     pub(super) fn new(redis: Redis, config: &config::Redis, lease: Duration) -> Self {
         Self {
             redis,
-            prefix: config.prefix.clone(),
+            config: config.clone(),
             lease,
             read_or_lease: Lua::new(READ_OR_LEASE),
             fill: Lua::new(FILL),
@@ -248,7 +248,7 @@ impl L2 {
     /// A text kept under a name that is no entry's.
     pub(super) async fn note(&self, name: &str) -> Result<Option<String>, Error> {
         let mut command = redis::cmd("GET");
-        command.arg(format!("{}:{name}", self.prefix));
+        command.arg(self.config.key(name));
         let reply = self.redis.send(&[command]).await?.into_iter().next();
         // Somebody else's value is as good as none.
         Ok(reply.and_then(Result::ok).and_then(|reply| redis::from_redis_value(reply).ok()).flatten())
@@ -257,12 +257,12 @@ impl L2 {
     /// Keeps it; `false` if Redis cannot be reached.
     pub(super) async fn keep_note(&self, name: &str, text: &str) -> bool {
         let mut command = redis::cmd("SET");
-        command.arg(format!("{}:{name}", self.prefix)).arg(text);
+        command.arg(self.config.key(name)).arg(text);
         self.redis.send(&[command]).await.is_ok_and(|replies| replies.iter().all(Result::is_ok))
     }
 
     fn name(&self, key: &Key) -> String {
-        format!("{}:{key}", self.prefix)
+        self.config.key(key)
     }
 }
 

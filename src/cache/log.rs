@@ -114,7 +114,7 @@ pub(super) struct Log {
 
 impl Log {
     pub(super) fn new(redis: Redis, config: &config::Redis, author: String, kinds: &'static [&'static str]) -> Self {
-        let name = format!("{}:log", config.prefix);
+        let name = config.key("log");
         let (max_length, poll) = (config.log_max_length, config.frugal_poll);
         let own = Mutex::default();
         Self { redis, name, author, max_length, poll, own, kinds, append: Lua::new(APPEND) }
@@ -127,16 +127,15 @@ impl Log {
 
     /// Carries out `before` and then appends the notice, in one round trip; returns the floor. `Ok` only if all of it
     /// happened.
-    pub(super) async fn append(&self, mut before: Vec<Cmd>, scope: &Scope) -> Result<u64, Error> {
+    pub(super) async fn append(&self, before: Vec<Cmd>, scope: &Scope) -> Result<u64, Error> {
         let keys = match scope {
             Scope::Everything => EVERYTHING.to_owned(),
             Scope::Keys(keys) => keys.iter().map(Key::to_string).collect::<Vec<_>>().join(" "),
         };
         let mut call = self.append.call(&self.name);
         call.arg(&self.author).arg(keys).arg(self.max_length).arg(MAX_AGE.as_millis() as u64);
-        before.push(call);
-        // One connection carries them in this order, so nobody hears of a key that is still fresh in Redis.
-        let mut replies = self.redis.send_script(&self.append, before).await?;
+        // In this order, so nobody hears of a key that is still fresh in Redis.
+        let mut replies = self.redis.send_in_order(before, &self.append, call).await?;
         let appended = replies.pop().ok_or_else(|| malformed("no reply"))??;
         for reply in replies {
             reply?;

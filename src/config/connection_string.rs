@@ -155,17 +155,19 @@ fn sqlite(text: &str, file: &str) -> Result<Source, Vec<String>> {
     Ok(Source::Sqlite(text.into()))
 }
 
+const URL_FORM: &str = "it is not a URL of the form postgres://user:password@host:port/database (likewise mysql)";
+
 fn url(engine: Engine, dialect: Dialect, text: &str) -> Result<Source, Vec<String>> {
-    let pairs = url_pairs(text).map_err(|mistake| vec![mistake.to_owned()])?;
+    let pairs = url_pairs(text, URL_FORM).map_err(|mistake| vec![mistake.to_owned()])?;
     server::server(engine, Fields::read(dialect, pairs)).map(|server| Source::of(engine, server))
 }
 
-/// A URL's parts by the names of its dialect. A parser's messages may quote the password, so ours say the rule only.
-fn url_pairs(text: &str) -> Result<Vec<(String, String)>, &'static str> {
-    const FORM: &str = "it is not a URL of the form postgres://user:password@host:port/database (likewise mysql)";
+/// A URL's parts by the names of its dialect; `form` says what it should look like. A parser's messages may quote the
+/// password, so ours say the rule only.
+pub(super) fn url_pairs(text: &str, form: &'static str) -> Result<Vec<(String, String)>, &'static str> {
     const ENCODED: &str = "it has reserved characters in the user name or password: write them as %40 (@), %2F (/), \
                            %3F (?), %23 (#), %25 (%)";
-    let (_, behind_scheme) = text.split_once("://").ok_or(FORM)?;
+    let (_, behind_scheme) = text.split_once("://").ok_or(form)?;
     // The first of these ends the host. An @ behind it means that it stands in the password, and that what looks
     // like a path or a parameter is a part of it.
     if behind_scheme.find(['/', '?', '#']).is_some_and(|end| behind_scheme[end..].contains('@')) {
@@ -174,7 +176,7 @@ fn url_pairs(text: &str) -> Result<Vec<(String, String)>, &'static str> {
     if text.contains(char::is_control) || text.contains('#') {
         return Err(ENCODED); // a parser drops these without a word
     }
-    let url = url::Url::parse(text).map_err(|_| FORM)?;
+    let url = url::Url::parse(text).map_err(|_| form)?;
     let decode = |text: &str| {
         let decoded = percent_decode_str(text).decode_utf8().map(String::from);
         decoded.map_err(|_| "it has percent-encoded bytes that are not UTF-8")

@@ -28,6 +28,7 @@ pub(super) enum Field {
     ConnectTimeout,
     Connections,
     Intent,
+    Service,
 }
 
 /// What becomes of a keyword.
@@ -265,6 +266,57 @@ pub(super) const MYSQL_URL: Dialect = &[
     (&["ssl-cert", "ssl-key"], Only(&[], NO_CLIENT_CERTIFICATE)),
     (&["socket"], Only(&[], "only TCP is possible")),
     (&["charset", "collation", "timezone", "statement-cache-capacity"], Idle),
+];
+
+/// `keyword=value` for Redis, as StackExchange.Redis reads it.
+pub(super) const STACK_EXCHANGE: Dialect = &[
+    (&["user"], Is(User)),
+    (&["password"], Is(Password)),
+    (&["ssl"], Is(Encryption)),
+    (&["sslHost"], Is(CertificateName)),
+    (&["defaultDatabase"], Is(Database)),
+    (&["serviceName"], Is(Service)),
+    (&["proxy"], Only(&["None"], "proxies that split keys among servers are not supported")),
+    (&["tunnel"], Only(&[], "tunnels are not supported")),
+    (
+        &[
+            "abortConnect",
+            "allowAdmin",
+            "asyncTimeout",
+            "channelPrefix",
+            "checkCertificateRevocation",
+            "configChannel",
+            "configCheckSeconds",
+            "connectRetry",
+            "connectTimeout",
+            "heartbeatInterval",
+            "heartbeatConsistencyChecks",
+            "highIntegrity",
+            "keepAlive",
+            "name",
+            "preserveAsyncOrder",
+            "protocol",
+            "resolveDns",
+            "responseTimeout",
+            "setClientLibrary",
+            "sslProtocols",
+            "syncTimeout",
+            "tieBreaker",
+            "version",
+            "writeBuffer",
+        ],
+        Idle,
+    ),
+];
+
+/// Parameters of `redis:` and `rediss:` URLs.
+pub(super) const REDIS_URL: Dialect = &[
+    (&["host"], Is(Host)),
+    (&["port"], Is(Port)),
+    (&["database", "db"], Is(Database)),
+    (&["user"], Is(User)),
+    (&["password"], Is(Password)),
+    (&["protocol"], Idle),
 ];
 
 /// A keyword as it was spelled, and its value.

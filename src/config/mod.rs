@@ -8,6 +8,7 @@ mod ado;
 mod connection_string;
 mod keywords;
 mod reader;
+mod redis_string;
 mod server;
 mod settings;
 
@@ -21,6 +22,7 @@ use std::{
 
 pub use self::{
     connection_string::{Login, Server, Source, Tls},
+    redis_string::{Node, RedisLogin, RedisServer},
     settings::{Kind, SETTINGS, Setting},
 };
 use self::{
@@ -149,8 +151,12 @@ pub struct Cache {
 /// Redis.
 #[derive(Clone, Debug)]
 pub struct Redis {
-    /// Where, and with which password.
-    pub url: Secret,
+    /// Which one, and how to reach it.
+    pub server: RedisServer,
+    /// Authorities (PEM) trusted for its certificate instead of the public ones.
+    pub ca_file: Option<PathBuf>,
+    /// Where the platform gives out tokens of the app's managed identity.
+    pub identity: Option<IdentityEndpoint>,
     /// Shared connections; the log has one more unless `frugal_poll` is set.
     pub pool_size: usize,
     /// Pause between two looks at the log, which then needs no connection of its own.
@@ -166,6 +172,15 @@ pub struct Redis {
 }
 
 impl Redis {
+    /// The full name of a key.
+    ///
+    /// The braces keep all of them in one slot of a cluster, so on one node: an expiry and its notice are carried out in
+    /// order there, and a node that loses entries' expiries when it fails over loses the log's end with them, which is
+    /// noticed. Between nodes, or the shards behind a proxy, neither would hold.
+    pub fn key(&self, name: impl fmt::Display) -> String {
+        format!("{{{}}}:{name}", self.prefix)
+    }
+
     /// Connections that one instance holds.
     pub fn connections(&self) -> u64 {
         self.pool_size as u64 + u64::from(self.frugal_poll.is_none())
@@ -438,7 +453,7 @@ mod tests {
             "CACHE_HARD_TIMEOUT_MS must be below",
             "HTTP_CACHE_CONTROL has characters",
             "LOG_LEVEL is \"loud\"",
-            "Redis is not of the form",
+            "Redis: a part that is no keyword is not of the form host:port",
             "Sql: it is none of",
             "REDIS_PREFIX has blanks",
         ] {
@@ -470,6 +485,43 @@ mod tests {
         assert!(!format!("{config:?}").contains("hunter2"));
     }
 
+    #[test]
+    fn redis_is_protected_off_this_machine_and_may_be_entered_by_an_identity() {
+        let (far, near) = (("Redis", "shop.example:10000"), ("Redis", "localhost"));
+        let secure = ("Redis", "shop.example:10000,ssl=True");
+        let (endpoint, header) = (("IDENTITY_ENDPOINT", "http://127.0.0.1:1/msi"), ("IDENTITY_HEADER", "h"));
+        let (system, open) = (("REDIS_ENTRA_ID", "System"), ("REDIS_ALLOW_UNENCRYPTED", "on"));
+        let id = "0f8fad5b-d9cb-469f-a165-70867728950e";
+        for (variables, login) in [
+            (&[near][..], RedisLogin::Default),
+            (&[far, open], RedisLogin::Default),
+            (&[secure], RedisLogin::Default),
+            (&[secure, ("REDIS_CA_FILE", "/a.pem")], RedisLogin::Default),
+            (&[secure, system, endpoint, header], RedisLogin::ManagedIdentity { client_id: None, user: None }),
+            (
+                &[("Redis", "shop.example,ssl=True,user=me"), ("REDIS_ENTRA_ID", id), endpoint, header],
+                RedisLogin::ManagedIdentity { client_id: Some(id.to_owned()), user: Some("me".to_owned()) },
+            ),
+        ] {
+            let config = parse(variables).unwrap_or_else(|error| panic!("{variables:?}: {error}"));
+            assert_eq!(config.redis.expect("one").server.login, login, "{variables:?}");
+        }
+        for (variables, mistake) in [
+            (&[far][..], "Redis: the connection would not be encrypted"),
+            (&[far, system, endpoint, header, open], "a token is only sent encrypted"),
+            (&[secure, system], "Redis is to be opened with a managed identity, and IDENTITY_ENDPOINT"),
+            (&[secure, ("REDIS_ENTRA_ID", "me")], "REDIS_ENTRA_ID is neither system nor the client id"),
+            (
+                &[("Redis", "h,ssl=True,password=hunter2"), system, endpoint, header],
+                "has a password, and REDIS_ENTRA_ID",
+            ),
+            (&[near, ("REDIS_CA_FILE", "/a.pem")], "REDIS_CA_FILE has no effect"),
+        ] {
+            let error = parse(variables).expect_err(mistake).to_string();
+            assert!(error.contains(mistake) && error.starts_with("1 ") && !error.contains("hunter2"), "{error}");
+        }
+    }
+
     const SQL_SERVER: &str = "Server=h;Database=db;User ID=me;Password=hunter2";
 
     #[test]
@@ -484,7 +536,10 @@ mod tests {
             assert!(config.database.source.server().is_some_and(|server| server.host == "h"), "{prefix}");
         }
         for prefix in REDIS_PREFIXES {
-            assert!(parse(&[(&format!("{prefix}Redis"), "redis://h:1")]).expect("valid").redis.is_some(), "{prefix}");
+            assert!(
+                parse(&[(&format!("{prefix}Redis"), "redis://localhost:1")]).expect("valid").redis.is_some(),
+                "{prefix}"
+            );
         }
         let same = [("Sql", SQL_SERVER), ("SQLCONNSTR_Sql", SQL_SERVER)];
         assert!(parse(&same).is_ok());
@@ -492,7 +547,7 @@ mod tests {
         assert!(error.contains("ConnectionStrings__Sql and Sql are different connection strings"), "{error}");
         let error = parse(&[("CUSTOMCONNSTR_Redis", "hunter2"), ("SQLAZURECONNSTR_Sql", "hunter2")]).expect_err("two");
         let [redis, sql] = &error.mistakes[..] else { panic!("{error}") };
-        assert!(redis.starts_with("CUSTOMCONNSTR_Redis is not") && sql.starts_with("SQLAZURECONNSTR_Sql: "), "{error}");
+        assert!(redis.starts_with("CUSTOMCONNSTR_Redis: ") && sql.starts_with("SQLAZURECONNSTR_Sql: "), "{error}");
         assert!(!error.to_string().contains("hunter2"), "{error}");
     }
 
@@ -550,7 +605,7 @@ mod tests {
 
     #[test]
     fn the_change_feed_rests_only_where_trigger_and_log_do_its_job() {
-        let (sql, redis) = (("Sql", SQL_SERVER), ("Redis", "redis://h:1"));
+        let (sql, redis) = (("Sql", SQL_SERVER), ("Redis", "redis://localhost:1"));
         let handler = ("FUNCTIONS_CUSTOMHANDLER_PORT", "4001");
         let interval = |pairs: &[(&str, &str)]| parse(pairs).expect("valid").database.feed_interval;
         let second = Some(Duration::from_secs(1));

@@ -2,10 +2,11 @@
 //!
 //! Owns the rules between settings too. Invariant: whatever is wrong is told, and none of it by a secret's value.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use super::{
-    Config, Database, IdentityEndpoint, Login, Redis, Role, Secret, Source, Tls, connection_string,
+    Config, Database, IdentityEndpoint, Login, Redis, RedisLogin, RedisServer, Role, Source, Tls, connection_string,
+    redis_string,
     settings::{
         HOST_NAMES, Kind, MOST_CONNECTIONS, REDIS_PREFIXES, ROUTE_PREFIX, SETTINGS, SQL_PREFIXES, Setting,
         connection_string_names, is_known,
@@ -95,33 +96,92 @@ impl Reader<'_> {
     }
 
     pub(super) fn redis(&mut self) -> Option<Redis> {
-        let (name, url) = self.connection_string("Redis", REDIS_PREFIXES);
+        let (name, text) = self.connection_string("Redis", REDIS_PREFIXES);
+        // All of them are read where there is no Redis too, so that what is wrong with them is told.
         let frugal = self.text("REDIS_FRUGAL").eq_ignore_ascii_case("on");
         let (pool_size, poll) = (self.number("REDIS_POOL_SIZE") as usize, self.millis("REDIS_FRUGAL_POLL_MS"));
-        let redis = Redis {
-            url: Secret(url.clone()),
-            pool_size: if frugal { 1 } else { pool_size },
-            frugal_poll: frugal.then_some(poll),
-            prefix: self.text("REDIS_PREFIX"),
-            connect_timeout: self.millis("REDIS_CONNECT_TIMEOUT_MS"),
-            response_timeout: self.millis("REDIS_RESPONSE_TIMEOUT_MS"),
-            log_max_length: self.number("REDIS_LOG_MAX_LENGTH"),
-        };
-        if redis.prefix.chars().any(|c| c.is_whitespace() || c.is_control() || "{}".contains(c)) {
+        let (entra, may_be_read) = (self.entra_id(), self.text("REDIS_ALLOW_UNENCRYPTED").eq_ignore_ascii_case("on"));
+        let ca_file = Some(self.text("REDIS_CA_FILE")).filter(|file| !file.is_empty()).map(PathBuf::from);
+        let prefix = self.text("REDIS_PREFIX");
+        if prefix.chars().any(|c| c.is_whitespace() || c.is_control() || "{}".contains(c)) {
             self.mistakes.push("REDIS_PREFIX has blanks or braces".to_owned());
         }
-        if url.is_empty() {
+        let (connect_timeout, response_timeout) =
+            (self.millis("REDIS_CONNECT_TIMEOUT_MS"), self.millis("REDIS_RESPONSE_TIMEOUT_MS"));
+        let log_max_length = self.number("REDIS_LOG_MAX_LENGTH");
+        if text.is_empty() {
             return None;
         }
-        self.check_connections(&redis);
-        // A parser's message may quote the password, so only the form is told.
-        let form = url::Url::parse(&url).ok().filter(|url| url.scheme() == "redis" && url.host().is_some());
-        match form.as_ref().map(url::Url::path) {
-            None => self.mistakes.push(format!("{name} is not of the form redis://[user:password@]host:port")),
-            Some("" | "/" | "/0") => {}
-            Some(_) => self.mistakes.push(format!("{name} names a database other than 0, which clusters do not have")),
+        let (pool_size, frugal_poll) = (if frugal { 1 } else { pool_size }, frugal.then_some(poll));
+        self.check_connections(pool_size as u64 + u64::from(!frugal));
+        let server = match redis_string::parse(&text) {
+            Ok(server) => self.redis_server(&name, server, entra, may_be_read),
+            Err(mistakes) => {
+                self.mistakes.extend(mistakes.into_iter().map(|mistake| format!("{name}: {mistake}")));
+                return None;
+            }
+        };
+        if ca_file.is_some() && !server.encrypted {
+            self.mistakes.push(format!("REDIS_CA_FILE has no effect: {name} does not ask for TLS"));
         }
-        Some(redis)
+        let is_needed = matches!(server.login, RedisLogin::ManagedIdentity { .. });
+        let identity = self.identity("Redis", is_needed);
+        Some(Redis {
+            server,
+            ca_file,
+            identity,
+            pool_size,
+            frugal_poll,
+            prefix,
+            connect_timeout,
+            response_timeout,
+            log_max_length,
+        })
+    }
+
+    /// Which identity is to log in to Redis: none, the system-assigned one, or one by its client id.
+    fn entra_id(&mut self) -> Option<Option<String>> {
+        match &*self.text("REDIS_ENTRA_ID") {
+            "" => None,
+            system if system.eq_ignore_ascii_case("system") => Some(None),
+            id if uuid::Uuid::try_parse(id).is_ok() => Some(Some(id.to_owned())),
+            _ => {
+                self.mistakes.push("REDIS_ENTRA_ID is neither system nor the client id of an identity".to_owned());
+                None
+            }
+        }
+    }
+
+    /// The server with the login that was asked for, protected as it must be.
+    fn redis_server(
+        &mut self,
+        name: &str,
+        mut server: RedisServer,
+        entra: Option<Option<String>>,
+        may_be_read: bool,
+    ) -> RedisServer {
+        if let Some(client_id) = entra {
+            let user = match &server.login {
+                RedisLogin::Password { user, password } => {
+                    if !password.reveal().is_empty() {
+                        self.mistakes.push(format!("{name} has a password, and REDIS_ENTRA_ID is set; set only one"));
+                    }
+                    user.clone()
+                }
+                _ => None,
+            };
+            server.login = RedisLogin::ManagedIdentity { client_id, user };
+        }
+        let is_open = !server.encrypted && !server.is_local();
+        if is_open && matches!(server.login, RedisLogin::ManagedIdentity { .. }) {
+            self.mistakes.push(format!("{name}: a token is only sent encrypted; ask for TLS (ssl=True)"));
+        } else if is_open && !may_be_read {
+            self.mistakes.push(format!(
+                "{name}: the connection would not be encrypted; ask for TLS (ssl=True, or rediss:), or set \
+                 REDIS_ALLOW_UNENCRYPTED=on"
+            ));
+        }
+        server
     }
 
     /// A connection string and the name it was found under. Two that are there must be equal.
@@ -178,12 +238,14 @@ impl Reader<'_> {
         let could_be_told = role == Role::Handler && redis.is_some() && matches!(source, Source::SqlServer(_));
         let trigger = could_be_told && !self.trigger_is_disabled();
         let feed_ms = self.number_or("FEED_INTERVAL_MS", if trigger { 0 } else { 1000 });
+        let is_needed = source.server().is_some_and(|server| matches!(server.login, Login::ManagedIdentity { .. }));
+        let identity = self.identity("the database", is_needed);
         Database {
             max_connections: max_connections.unwrap_or(self.number("DATABASE_MAX_CONNECTIONS") as u32),
             connect_timeout: connect_timeout.unwrap_or(self.millis("DATABASE_CONNECT_TIMEOUT_MS")),
             query_timeout,
             max_age: self.seconds("DATABASE_CONNECTION_MAX_AGE_S"),
-            identity: self.identity(&source),
+            identity,
             feed_interval: (feed_ms > 0).then(|| Duration::from_millis(feed_ms)),
             source,
         }
@@ -201,11 +263,10 @@ impl Reader<'_> {
     }
 
     /// The platform sets both variables where the app has an identity; only who needs one can miss them.
-    fn identity(&mut self, source: &Source) -> Option<IdentityEndpoint> {
+    fn identity(&mut self, what: &str, is_needed: bool) -> Option<IdentityEndpoint> {
         let variable = |name: &str| self.variables.get(name).map(|text| text.trim()).filter(|text| !text.is_empty());
         let is_http = |url: &&str| url::Url::parse(url).is_ok_and(|url| url.scheme() == "http" && url.has_host());
         let (url, header) = (variable("IDENTITY_ENDPOINT"), variable("IDENTITY_HEADER"));
-        let is_needed = source.server().is_some_and(|server| matches!(server.login, Login::ManagedIdentity { .. }));
         match (url.filter(is_http), header) {
             (Some(url), Some(header)) => Some(IdentityEndpoint { url: url.to_owned(), header: header.into() }),
             (None, Some(_)) if is_needed && url.is_some() => {
@@ -213,11 +274,10 @@ impl Reader<'_> {
                 None
             }
             _ if is_needed => {
-                self.mistakes.push(
-                    "the database is to be opened with a managed identity, and IDENTITY_ENDPOINT and IDENTITY_HEADER, \
-                     which the platform sets where the app has one, are missing"
-                        .to_owned(),
-                );
+                self.mistakes.push(format!(
+                    "{what} is to be opened with a managed identity, and IDENTITY_ENDPOINT and IDENTITY_HEADER, which \
+                     the platform sets where the app has one, are missing"
+                ));
                 None
             }
             _ => None,
@@ -225,11 +285,11 @@ impl Reader<'_> {
     }
 
     /// Whether all instances together stay within what the Redis tier allows.
-    fn check_connections(&mut self, redis: &Redis) {
+    fn check_connections(&mut self, each: u64) {
         let platform = self.variables.get("WEBSITE_MAX_DYNAMIC_APPLICATION_SCALE_OUT");
         let platform = platform.and_then(|instances| instances.trim().parse().ok()).unwrap_or(0);
         let instances = self.number_or("MAX_INSTANCES", platform);
-        let (each, allowed) = (redis.connections(), self.number("REDIS_MAX_CLIENTS"));
+        let allowed = self.number("REDIS_MAX_CLIENTS");
         if allowed > 0 && instances * each > allowed {
             self.mistakes.push(format!(
                 "{instances} instances with {each} Redis connections each need {}, and REDIS_MAX_CLIENTS is {allowed}: \

@@ -70,8 +70,7 @@ fn place(engine: Engine, fields: &mut Fields) -> (String, u16) {
         ("localhost", None)
     });
     let host = host.trim().trim_start_matches('[').trim_end_matches(']');
-    let is_name = |host: &str| host.chars().all(|c| c.is_alphanumeric() || "-_.".contains(c));
-    if !host.is_empty() && host.parse::<IpAddr>().is_err() && !is_name(host) {
+    if !host.is_empty() && !is_host(host) {
         fields.mistakes.push(format!("{keyword} is not the name or address of one server"));
     }
     if beside.is_some() && fields.text(Field::Port).is_some_and(|port| Some(port) != beside) {
@@ -112,7 +111,7 @@ fn sql_server_place(text: &str) -> Result<(&str, Option<&str>), &'static str> {
 }
 
 /// `host[:port]`, as Npgsql and Azure's in-app MySQL write it; an IPv6 address with a port is in brackets.
-fn host_and_port(text: &str) -> (&str, Option<&str>) {
+pub(super) fn host_and_port(text: &str) -> (&str, Option<&str>) {
     match text.rsplit_once(':') {
         Some((host, port)) if !host.contains(':') || host.ends_with(']') => (host, Some(port)),
         _ => (text, None),
@@ -190,8 +189,7 @@ fn tls(engine: Engine, host: &str, fields: &mut Fields) -> Tls {
         Engine::MySql => MYSQL_WORDS,
     };
     let said = fields.word(Field::Encryption, words);
-    let trusts = [("True", true), ("Yes", true), ("False", false), ("No", false)];
-    let trusts = fields.word(Field::Trust, &trusts).unwrap_or(false);
+    let trusts = fields.word(Field::Trust, words_of_truth()).unwrap_or(false);
     let ca_file = fields.text(Field::CaFile).map(PathBuf::from);
     // SQL Server encrypts unless told not to, and to trust any certificate is another keyword's matter. The others
     // have one keyword for both; servers on a developer's machine seldom have TLS at all.
@@ -220,6 +218,17 @@ fn tls(engine: Engine, host: &str, fields: &mut Fields) -> Tls {
             strict: wish == Wish::Strict,
         },
     }
+}
+
+/// What clients write for yes and no.
+pub(super) fn words_of_truth() -> &'static [(&'static str, bool)] {
+    &[("True", true), ("Yes", true), ("False", false), ("No", false)]
+}
+
+/// Whether text names or addresses one host.
+pub(super) fn is_host(text: &str) -> bool {
+    let is_name = !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || "-_.".contains(c));
+    is_name || text.parse::<IpAddr>().is_ok()
 }
 
 /// Whether a host is this machine, so that nobody is between.

@@ -43,7 +43,7 @@ const fn text(name: &'static str, default: &'static str, meaning: &'static str) 
 #[rustfmt::skip] // a table reads as a table
 pub const SETTINGS: &[Setting] = &[
     Setting { name: "Sql", default: "", kind: Kind::Secret, meaning: "Database: `sqlite:<file>`, `postgres://user:password@host/database`, `mysql://user:password@host/database`, or for SQL Server `Server=…;Database=…;User ID=…;Password=…`. May also be a connection string of the app named `Sql`. Empty: the embedded catalogue in `product-cache.db` in the working directory, or in memory where that cannot be written." },
-    Setting { name: "Redis", default: "", kind: Kind::Secret, meaning: "Redis: `redis://[user:password@]host:port`. May also be a connection string of the app named `Redis`. Empty: no L2 and no invalidation log; the change feed keeps memory right." },
+    Setting { name: "Redis", default: "", kind: Kind::Secret, meaning: "Redis: `host:port,password=…,ssl=True` (as StackExchange.Redis reads it) or `redis://[user:password@]host:port`, `rediss:` with TLS; of a cluster any node, or several. May also be a connection string of the app named `Redis`. Empty: no L2 and no invalidation log; the change feed keeps memory right." },
 
     number("CACHE_DURATION_S", "300", 1, 30 * DAY_S, "How long an entry is fresh. Changes are told, so this only bounds what no notice covers."),
     number("CACHE_L1_DURATION_S", "", 1, 30 * DAY_S, "The same for memory alone; empty: `CACHE_DURATION_S`. An entry taken from Redis is kept no longer than it is fresh there."),
@@ -70,7 +70,10 @@ pub const SETTINGS: &[Setting] = &[
     Setting { name: "REDIS_FRUGAL", default: "off", kind: Kind::Word(&["on", "off"]), meaning: "`on`: one Redis connection per instance in all; the invalidation log is polled over it." },
     number("REDIS_FRUGAL_POLL_MS", "200", 10, 5000, "With `REDIS_FRUGAL`, pause between two looks at the log: how much later other instances hear of an expiry."),
     number("REDIS_MAX_CLIENTS", "0", 0, 10_000_000, "Connections that the Redis tier allows (250 on the smallest); 0: unknown. With `MAX_INSTANCES`, a start that could exceed it is refused."),
-    text("REDIS_PREFIX", "product-cache", "First part of every key: apps that share a Redis take different ones."),
+    text("REDIS_PREFIX", "product-cache", "First part of every key, in braces: apps that share a Redis take different ones. In a cluster it decides the slot of all of them."),
+    text("REDIS_ENTRA_ID", "", "How to log in to Redis with Microsoft Entra ID instead of a password: `system`, or the client id of a user-assigned identity. The user is the identity's object id. Empty: not."),
+    text("REDIS_CA_FILE", "", "File of the authorities (PEM) that are trusted for Redis' certificate instead of the public ones."),
+    Setting { name: "REDIS_ALLOW_UNENCRYPTED", default: "off", kind: Kind::Word(&["on", "off"]), meaning: "`on`: a `Redis` without TLS is also accepted on other hosts than this one: whoever is between may read and change what is said, the password included." },
     number("REDIS_CONNECT_TIMEOUT_MS", "1000", 10, 60_000, "Connect and greeting, TLS included."),
     number("REDIS_RESPONSE_TIMEOUT_MS", "250", 5, 60_000, "One answer. A healthy one takes under a millisecond; the database is the better source after 250."),
     number("REDIS_LOG_MAX_LENGTH", "100000", 100, 100_000_000, "Notices kept in the invalidation log: what a disconnected instance can catch up on (a few hundred bytes each, or as many keys as a batch has rows)."),

@@ -3,7 +3,6 @@
 //! The only place that names a driver; one module per engine. Knows no entity: a [`Table`] says which columns to read
 //! and as what, a [`Row`] holds their values in that order. Connects on first use, never at start.
 
-mod entra;
 mod gaps;
 mod mysql;
 mod over_sqlx;

@@ -47,7 +47,7 @@ pub struct App {
 
 impl App {
     /// Builds everything; connects to nothing before it is used. Background work runs on `background`.
-    pub fn start(config: Config, background: &Handle) -> Result<Arc<Self>, redis::RedisError> {
+    pub fn start(config: Config, background: &Handle) -> Result<Arc<Self>, String> {
         let (database, counts) = (Arc::new(Database::new(&config.database)), Arc::new(Counts::default()));
         let redis = config.redis.as_ref().map(|redis| Redis::start(redis, background)).transpose()?;
         let feed = if database.feed_interval().is_some() { Feed::Database } else { Feed::None };

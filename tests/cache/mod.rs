@@ -1,7 +1,7 @@
 //! The cache against a real Redis, with a source of truth that can be held back, fail and hang: C1–C7.
 
 mod resilience;
-mod world;
+pub mod world;
 
 use std::{
     sync::{
@@ -242,7 +242,7 @@ async fn a_lease_whose_holder_died_costs_one_more_load() {
     // What a holder that was killed leaves behind.
     let later_ms =
         (std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() + 60_000).to_string();
-    redis.command(&["HSET", "product-cache:thing:1", "t", "dead", "u", &later_ms, "a", "0"]).await;
+    redis.command(&["HSET", "{product-cache}:thing:1", "t", "dead", "u", &later_ms, "a", "0"]).await;
     let node = Node::hearing(&truth, &redis.url(), &[("CACHE_LEASE_WAIT_MS", "200")]).await;
     assert_eq!(node.value(1).await, Some(10));
     assert_eq!(truth.loads(), 1);
@@ -263,7 +263,7 @@ async fn an_acknowledged_expiry_is_in_redis_at_once_and_in_every_memory_soon() {
     }
     truth.set(1, 11);
     a.cache.expire(&[key(1)], BUDGET).await.unwrap();
-    assert_eq!(redis.command(&["HEXISTS", "product-cache:thing:1", "f"]).await, redis::Value::Int(0), "Redis");
+    assert_eq!(redis.command(&["HEXISTS", "{product-cache}:thing:1", "f"]).await, redis::Value::Int(0), "Redis");
     assert_eq!(a.value(1).await, Some(11), "the instance that was told");
     eventually("the other instance has dropped it", async || (b.value(1).await == Some(11)).then_some(())).await;
     assert_eq!(truth.loads(), 3, "the other instance reads it from Redis");
@@ -295,7 +295,7 @@ async fn a_log_trimmed_past_an_instance_or_lost_makes_all_its_memory_stale() {
     let redis = RedisServer::start().await;
     let truth = Truth::new(&[(1, 10), (2, 20)]);
     let a = Node::hearing(&truth, &redis.url(), &[]).await;
-    for loss in [vec!["XTRIM", "product-cache:log", "MAXLEN", "1"], vec!["FLUSHALL"]] {
+    for loss in [vec!["XTRIM", "{product-cache}:log", "MAXLEN", "1"], vec!["FLUSHALL"]] {
         let proxy = Proxy::start(redis.port).await;
         let b = Node::hearing(&truth, &proxy.redis_url(), &[]).await;
         let seen = b.value(1).await.unwrap();
@@ -399,7 +399,7 @@ async fn after_an_expiry_of_everything_redis_is_not_believed_about_what_was_ther
     truth.begun(2).await; // it asks the database, not Redis
     truth.release();
     assert_eq!(value(&ended(read).await.unwrap()), Some(11));
-    redis.command(&["DEL", "product-cache:thing:1"]).await;
+    redis.command(&["DEL", "{product-cache}:thing:1"]).await;
     let old = Node::new(&Truth::new(&[(1, 10)]), Some(&redis.url()), &[]);
     old.value(1).await; // as if Redis had gone back
     eventually("without the log Redis is not believed for longer than memory", async || {
@@ -413,7 +413,7 @@ async fn somebody_elses_value_under_our_name_stops_no_expiry_and_no_read() {
     let redis = RedisServer::start().await;
     let truth = Truth::new(&[(1, 10), (2, 20)]);
     let node = Node::hearing(&truth, &redis.url(), &[]).await;
-    redis.command(&["SET", "product-cache:thing:1", "foreign"]).await;
+    redis.command(&["SET", "{product-cache}:thing:1", "foreign"]).await;
     let answers = node.cache.get_or_load(&[key(1), key(2)], None, &node.load).await;
     assert_eq!(answers.iter().map(|answer| value(answer.as_ref().unwrap())).collect::<Vec<_>>(), [Some(10), Some(20)]);
     node.cache.expire(&[key(1), key(2)], BUDGET).await.unwrap();
@@ -474,7 +474,7 @@ async fn a_redis_clock_that_went_back_costs_nothing_but_age() {
     let truth = Truth::new(&[(1, 10)]);
     Node::hearing(&truth, &redis.url(), &[]).await.value(1).await;
     let now_ms = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis();
-    redis.command(&["HSET", "product-cache:thing:1", "l", &(now_ms + 60_000).to_string()]).await;
+    redis.command(&["HSET", "{product-cache}:thing:1", "l", &(now_ms + 60_000).to_string()]).await;
     let node = Node::hearing(&truth, &redis.url(), &[]).await;
     assert_eq!(node.value(1).await, Some(10));
     truth.set(1, 11);
@@ -553,7 +553,7 @@ async fn damaged_entries_in_redis_are_misses_and_are_replaced() {
     let redis = RedisServer::start().await;
     let truth = Truth::new(&[(1, 10)]);
     Node::hearing(&truth, &redis.url(), &[]).await.value(1).await;
-    redis.command(&["HSET", "product-cache:thing:1", "b", "noise"]).await;
+    redis.command(&["HSET", "{product-cache}:thing:1", "b", "noise"]).await;
     assert_eq!(Node::hearing(&truth, &redis.url(), &[]).await.value(1).await, Some(10));
     assert_eq!(truth.loads(), 2);
     assert_eq!(
@@ -561,7 +561,7 @@ async fn damaged_entries_in_redis_are_misses_and_are_replaced() {
         Level::Redis,
         "it is whole again"
     );
-    redis.command(&["SET", "product-cache:thing:1", "of another type"]).await;
+    redis.command(&["SET", "{product-cache}:thing:1", "of another type"]).await;
     assert_eq!(Node::hearing(&truth, &redis.url(), &[]).await.value(1).await, Some(10));
 }
 

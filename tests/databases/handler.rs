@@ -182,7 +182,8 @@ async fn the_kept_position_waits_for_what_redis_was_not_told() {
             sleep(Duration::from_millis(5)).await;
         }
     });
-    let kept = async || redis::from_redis_value::<String>(redis.command(&["GET", "product-cache:feed"]).await).unwrap();
+    let kept =
+        async || redis::from_redis_value::<String>(redis.command(&["GET", "{product-cache}:feed"]).await).unwrap();
     proxy.set(Fault::Refuse);
     rename(&server, 680, "after").await;
     eventually("it is queued", async || (first.status().await["redis"]["expiriesQueued"] == 1).then_some(())).await;

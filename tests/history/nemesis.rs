@@ -252,7 +252,7 @@ impl Nemesis<'_> {
             FlushAll => drop(self.redis.command(&["FLUSHALL"]).await),
             FlushScripts => drop(self.redis.command(&["SCRIPT", "FLUSH"]).await),
             KillClients => drop(self.redis.command(&["CLIENT", "KILL", "TYPE", "normal"]).await),
-            TrimLog => drop(self.redis.command(&["XTRIM", "product-cache:log", "MAXLEN", "1"]).await),
+            TrimLog => drop(self.redis.command(&["XTRIM", "{product-cache}:log", "MAXLEN", "1"]).await),
             BreakDatabase(instance, fault) => self.cluster.database_proxy(instance).set(fault),
             StopDatabase => self.cluster.database.signal("STOP"),
             KillSessions => self.cluster.database.kill_sessions().await,

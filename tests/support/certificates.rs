@@ -37,6 +37,14 @@ impl Certificates {
         Self { authority: signed.pem(), certificate, key }
     }
 
+    /// The server's certificate and its key in files of their own.
+    pub fn server_files(&self, folder: &Path) -> (PathBuf, PathBuf) {
+        let (certificate, key) = (folder.join("certificate.pem"), folder.join("key.pem"));
+        std::fs::write(&certificate, self.certificate.pem()).expect("written");
+        std::fs::write(&key, self.key.serialize_pem()).expect("written");
+        (certificate, key)
+    }
+
     /// The authority in a file of its own.
     pub fn authority_file(&self, folder: &Path) -> PathBuf {
         let file = folder.join("authority.pem");

@@ -12,6 +12,7 @@ pub mod identity;
 pub mod instance;
 pub mod proxy;
 pub mod redis;
+pub mod redis_cluster;
 pub mod tds;
 
 use std::time::Duration;

@@ -75,7 +75,7 @@ impl RedisServer {
         self.try_command(words).await.unwrap_or_else(|error| panic!("{words:?}: {error}"))
     }
 
-    async fn try_command(&self, words: &[&str]) -> redis::RedisResult<redis::Value> {
+    pub async fn try_command(&self, words: &[&str]) -> redis::RedisResult<redis::Value> {
         let client = redis::Client::open(self.url())?;
         let run = async {
             let mut connection = client.get_multiplexed_async_connection().await?;
@@ -84,6 +84,13 @@ impl RedisServer {
             command.query_async(&mut connection).await
         };
         timeout(Duration::from_secs(2), run).await.unwrap_or_else(|_| Err((redis::ErrorKind::Io, "late").into()))
+    }
+
+    /// What `INFO` says about something.
+    pub async fn info(&self, section: &str, name: &str) -> String {
+        let info: String = redis::from_redis_value(self.command(&["INFO", section]).await).expect("text");
+        let value = info.lines().find_map(|line| line.strip_prefix(&format!("{name}:")));
+        value.unwrap_or_else(|| panic!("INFO {section} does not tell {name}")).to_owned()
     }
 
     /// How often the server has carried out a command since it started.

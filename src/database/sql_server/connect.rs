@@ -15,10 +15,8 @@ use tokio_util::compat::{Compat, TokioAsyncWriteCompatExt};
 
 use crate::{
     config::{self, Login, Secret, Server, Tls},
-    database::{
-        entra::TokenSource,
-        pool::{Connect, Failure},
-    },
+    database::pool::{Connect, Failure},
+    entra::TokenSource,
 };
 
 /// What a token must be for.

@@ -9,6 +9,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD as URL_SAFE_NO_PAD};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::{Request, body::Bytes, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
@@ -16,7 +17,7 @@ use serde::Deserialize;
 use tokio::{
     net::TcpStream,
     task::AbortHandle,
-    time::{Instant, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use url::Url;
 
@@ -28,6 +29,8 @@ const EARLY: Duration = Duration::from_secs(5 * 60);
 const EARLY_JITTER: Duration = Duration::from_secs(60);
 /// Pause after an attempt that failed while the token was still valid.
 const RETRY: Duration = Duration::from_secs(30);
+/// Pause between two looks whether a renewal has come to its end.
+const LOOK: Duration = Duration::from_millis(200);
 /// Bound of one request. The endpoint answers from its own cache in milliseconds, and from Entra within a second.
 const ANSWER: Duration = Duration::from_secs(3);
 /// Bound of one answer: tokens are 2 to 10 KB.
@@ -36,7 +39,7 @@ const LARGEST_ANSWER: usize = 128 * 1024;
 const LONGEST_REASON: usize = 300;
 
 /// Gives out tokens for one resource.
-pub(super) struct TokenSource {
+pub(crate) struct TokenSource {
     shared: Arc<Shared>,
 }
 
@@ -55,6 +58,18 @@ struct Kept {
     /// When the endpoint last failed, and why: whoever waited for that answer need not ask again.
     failed: Option<(Instant, String)>,
     renewal: Option<AbortHandle>,
+}
+
+/// What a token says about whom it was given to; its signature is its reader's business.
+#[derive(Deserialize)]
+struct Claims {
+    oid: String,
+}
+
+/// The object id of the identity that a token was given to: its user name in Redis.
+pub(crate) fn object_id(token: &Secret) -> Option<String> {
+    let claims = URL_SAFE_NO_PAD.decode(token.reveal().split('.').nth(1)?.trim_end_matches('=')).ok()?;
+    serde_json::from_slice::<Claims>(&claims).ok().map(|claims| claims.oid)
 }
 
 #[derive(Clone)]
@@ -77,13 +92,13 @@ fn early(life: Duration) -> Duration {
 
 impl TokenSource {
     /// Describes the tokens; nothing is asked for before the first use.
-    pub(super) fn new(endpoint: Option<IdentityEndpoint>, resource: &'static str, client_id: Option<String>) -> Self {
+    pub(crate) fn new(endpoint: Option<IdentityEndpoint>, resource: &'static str, client_id: Option<String>) -> Self {
         let (kept, asking) = Default::default();
         Self { shared: Arc::new(Shared { endpoint, resource, client_id, kept, asking }) }
     }
 
     /// A valid token, or why there is none. Renews one that is about to end in the background.
-    pub(super) async fn token(&self) -> Result<Secret, String> {
+    pub(crate) async fn token(&self) -> Result<Secret, String> {
         let began = Instant::now();
         if let Some(token) = self.shared.valid() {
             if token.renew_at <= began {
@@ -92,6 +107,21 @@ impl TokenSource {
             return Ok(token.text);
         }
         self.shared.ask(began).await
+    }
+
+    /// Waits until there is another token than this one, renewing it when it is due; for ever, if need be.
+    pub(crate) async fn after(&self, old: &Secret) -> Secret {
+        loop {
+            let now = Instant::now();
+            match self.shared.valid() {
+                Some(token) if token.text != *old => return token.text,
+                Some(token) if token.renew_at > now => sleep_until(token.renew_at).await,
+                _ => {
+                    self.renew();
+                    sleep(LOOK).await;
+                }
+            }
+        }
     }
 
     fn renew(&self) {
@@ -103,7 +133,7 @@ impl TokenSource {
         let renewal = tokio::spawn(async move {
             let _asking = shared.asking.lock().await;
             if let Err(problem) = shared.fetch().await {
-                tracing::warn!(problem, "the identity's token cannot be renewed yet; the old one is still valid");
+                tracing::warn!(problem, "the identity's token cannot be renewed yet");
                 let mut kept = shared.kept();
                 if let Some(token) = &mut kept.token {
                     let left = token.ends_at.saturating_duration_since(Instant::now());

@@ -1,0 +1,442 @@
+//! The one Redis pool: which connection a command takes, when a connection is given up, and how it comes back.
+//!
+//! The pool bounds the connections and [`nodes`] makes them; each is checked out once by a *keeper*, and all requests share
+//! clones of its multiplexed handle, because a checkout per command costs a PING round trip (measured 2–20 times
+//! slower). Knows nothing of what keys and scripts mean. Invariant: while Redis is away a command fails at once, without waiting:
+//! only the keepers try to connect, with growing, jittered pauses.
+
+use std::{
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+mod nodes;
+
+use deadpool::{
+    Runtime,
+    managed::{Object, Pool, Timeouts},
+};
+use redis::{Cmd, ErrorKind, Pipeline, RedisError, RedisResult, ServerErrorKind, Value, aio::MultiplexedConnection};
+use tokio::{
+    runtime::Handle,
+    sync::{Mutex, Notify, watch},
+    time::timeout,
+};
+
+use self::nodes::{Found, Nodes};
+use crate::{
+    background::{Task, keep_running},
+    config::{self, Secret},
+};
+
+/// Answers that may be missing in a row before a connection counts as dead. One late answer is a hiccup; three are a
+/// stalled server or a half-open socket, which no error ever reports.
+const TIMEOUTS_UNTIL_DEAD: u32 = 3;
+/// Pauses between two attempts to connect: short first, because restarts are quick; bounded, because hundreds of
+/// instances must not hammer a server that is coming back.
+const RECONNECT_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+/// Bound of logging in anew on a live connection: the log's may hold a blocking read for a second.
+const LOGIN: Duration = Duration::from_secs(5);
+
+/// Why a command got no answer from Redis.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no live connection; nothing was sent.
+    #[error("redis is not connected")]
+    Disconnected,
+    /// The command failed; it may or may not have been carried out.
+    #[error("redis: {0}")]
+    Failed(#[from] RedisError),
+}
+
+/// Cheap handle to the pool; clones share it.
+#[derive(Clone)]
+pub struct Redis {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    shared: Vec<Arc<Line>>,
+    log: Arc<Line>,
+    next: AtomicUsize,
+    response_timeout: Duration,
+    _keepers: Vec<Task>,
+}
+
+/// A Lua script that is sent by its hash.
+pub struct Lua {
+    code: &'static str,
+    hash: String,
+}
+
+impl Lua {
+    /// Hashes the script; nothing is sent.
+    pub fn new(code: &'static str) -> Self {
+        Self { code, hash: redis::Script::new(code).get_hash().to_owned() }
+    }
+
+    /// A call with one key, to which arguments are added.
+    pub fn call(&self, key: &str) -> Cmd {
+        let mut call = redis::cmd("EVALSHA");
+        call.arg(&self.hash).arg(1).arg(key);
+        call
+    }
+
+    fn load(&self) -> Cmd {
+        let mut load = redis::cmd("SCRIPT");
+        load.arg("LOAD").arg(self.code);
+        load
+    }
+}
+
+impl Redis {
+    /// Builds the pool and starts to connect on `background`; returns at once, whether or not a server is there.
+    pub fn start(config: &config::Redis, background: &Handle) -> Result<Self, String> {
+        let pool = Pool::builder(Nodes::new(config)?)
+            .max_size(config.connections() as usize)
+            .timeouts(Timeouts {
+                wait: Some(config.connect_timeout),
+                create: Some(config.connect_timeout),
+                recycle: Some(config.response_timeout),
+            })
+            .runtime(Runtime::Tokio1)
+            .build()
+            .map_err(|error| error.to_string())?;
+
+        let (mut keepers, connect_timeout) = (Vec::new(), config.connect_timeout);
+        let mut open_line = || {
+            let line = Arc::new(Line::default());
+            let (kept, pool) = (line.clone(), pool.clone());
+            keepers.push(keep_running(background, "redis connection", move || {
+                keep(kept.clone(), pool.clone(), connect_timeout)
+            }));
+            line
+        };
+        let shared: Vec<_> = (0..config.pool_size).map(|_| open_line()).collect();
+        let log = if config.frugal_poll.is_some() { shared[0].clone() } else { open_line() };
+        let response_timeout = config.response_timeout;
+        Ok(Self {
+            inner: Arc::new(Inner { shared, log, next: AtomicUsize::new(0), response_timeout, _keepers: keepers }),
+        })
+    }
+
+    /// Sends commands in one round trip over a shared connection and returns each one's own result.
+    ///
+    /// Fails at once while no shared connection is up, except before the very first attempt to connect has ended.
+    pub async fn send(&self, commands: &[Cmd]) -> Result<Vec<RedisResult<Value>>, Error> {
+        Ok(self.live().await?.send(commands, None, None).await?.replies)
+    }
+
+    /// Sends calls of one script in one round trip; where Redis lacks the script (restarted, or its script cache
+    /// flushed), loads it and repeats the calls that missed it.
+    pub async fn send_script(&self, script: &Lua, calls: Vec<Cmd>) -> Result<Vec<RedisResult<Value>>, Error> {
+        Ok(self.run(script, &calls).await?.replies)
+    }
+
+    /// Sends commands and then a script's call, in one round trip. Whoever sees what the call did sees what the
+    /// commands did: if any of them was carried out elsewhere, and so maybe later, the call is repeated.
+    pub async fn send_in_order(
+        &self,
+        before: Vec<Cmd>,
+        script: &Lua,
+        call: Cmd,
+    ) -> Result<Vec<RedisResult<Value>>, Error> {
+        let last = before.len();
+        let commands: Vec<_> = before.into_iter().chain([call]).collect();
+        let mut sent = self.run(script, &commands).await?;
+        if sent.detoured.iter().any(|index| *index < last) {
+            sent.replies.truncate(last);
+            sent.replies.append(&mut self.run(script, &commands[last..]).await?.replies);
+        }
+        Ok(sent.replies)
+    }
+
+    async fn run(&self, script: &Lua, commands: &[Cmd]) -> Result<Sent, Error> {
+        let mut sent = self.live().await?.send(commands, Some(script), None).await?;
+        let missed: Vec<_> = (0..commands.len()).filter(|index| is_missing_script(&sent.replies[*index])).collect();
+        if !missed.is_empty() {
+            let again: Vec<_> =
+                std::iter::once(script.load()).chain(missed.iter().map(|index| commands[*index].clone())).collect();
+            let repeated = self.live().await?.send(&again, Some(script), None).await?.replies.into_iter().skip(1);
+            for (index, reply) in missed.into_iter().zip(repeated) {
+                sent.replies[index] = reply;
+            }
+        }
+        Ok(sent)
+    }
+
+    async fn live(&self) -> Result<Arc<Live>, Error> {
+        let lines = &self.inner.shared;
+        let first = self.inner.next.fetch_add(1, Ordering::Relaxed);
+        for offset in 0..lines.len() {
+            if let Some(live) = lines[(first + offset) % lines.len()].live().await {
+                return Ok(live);
+            }
+        }
+        Err(Error::Disconnected)
+    }
+
+    /// Sends commands over the invalidation log's connection, whose answers may take `patience` longer than usual if it
+    /// holds a blocking read. With frugal settings it is the shared one, on which nothing must block.
+    pub async fn send_on_log(&self, commands: &[Cmd], patience: Duration) -> Result<Vec<RedisResult<Value>>, Error> {
+        let live = self.inner.log.live().await.ok_or(Error::Disconnected)?;
+        Ok(live.send(commands, None, Some(patience + self.inner.response_timeout)).await?.replies)
+    }
+
+    /// Waits until the log's connection is up.
+    pub async fn log_connected(&self) {
+        let mut up = self.inner.log.up.subscribe();
+        // The sender lives in the line, which `self` holds.
+        let _ = up.wait_for(|state| *state == State::Up).await;
+    }
+
+    /// Whether a shared connection is up.
+    pub fn is_connected(&self) -> bool {
+        self.inner.shared.iter().any(|line| *line.up.borrow() == State::Up)
+    }
+
+    /// Waits until a shared connection is up.
+    pub async fn connected(&self) {
+        let waits = self.inner.shared.iter().map(|line| {
+            Box::pin(async {
+                let _ = line.up.subscribe().wait_for(|state| *state == State::Up).await;
+            })
+        });
+        futures_util::future::select_all(waits).await;
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+enum State {
+    #[default]
+    NeverTried,
+    Down,
+    Up,
+}
+
+/// One connection's place: the live one, if any.
+#[derive(Default)]
+struct Line {
+    live: RwLock<Option<Arc<Live>>>,
+    up: watch::Sender<State>,
+}
+
+/// A connection and how it is doing. A new one starts anew, whatever late failures the old one's users still report.
+struct Live {
+    connection: MultiplexedConnection,
+    pool: Pool<Nodes>,
+    /// The host it leads to.
+    host: String,
+    /// Where the node sends those who ask for what is on its way to another node: where that is, and a connection there.
+    detour: Mutex<Option<(String, MultiplexedConnection)>>,
+    timeouts: AtomicU32,
+    is_broken: AtomicBool,
+    broken: Notify,
+}
+
+/// What came back.
+struct Sent {
+    replies: Vec<RedisResult<Value>>,
+    /// The commands that another node carried out.
+    detoured: Vec<usize>,
+}
+
+impl Line {
+    async fn live(&self) -> Option<Arc<Live>> {
+        if *self.up.borrow() == State::NeverTried {
+            // Bounded by the keeper's first attempt, which has deadlines of its own.
+            let _ = self.up.subscribe().wait_for(|state| *state != State::NeverTried).await;
+        }
+        self.live.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn publish(&self, live: Option<Arc<Live>>) {
+        let state = if live.is_some() { State::Up } else { State::Down };
+        *self.live.write().unwrap_or_else(PoisonError::into_inner) = live;
+        self.up.send_replace(state);
+    }
+}
+
+impl Live {
+    fn new(found: &Found, pool: Pool<Nodes>) -> Arc<Self> {
+        Arc::new(Self {
+            connection: found.connection.clone(),
+            pool,
+            host: found.host.clone(),
+            detour: Mutex::new(None),
+            timeouts: AtomicU32::new(0),
+            is_broken: AtomicBool::new(false),
+            broken: Notify::new(),
+        })
+    }
+
+    async fn send(&self, commands: &[Cmd], script: Option<&Lua>, patience: Option<Duration>) -> Result<Sent, Error> {
+        let mut pipeline = Pipeline::with_capacity(commands.len());
+        pipeline.ignore_errors();
+        for command in commands {
+            pipeline.add_command(command.clone());
+        }
+        let mut connection = self.connection.clone();
+        if let Some(patience) = patience {
+            connection.set_response_timeout(patience);
+        }
+        match pipeline.query_async::<Vec<RedisResult<Value>>>(&mut connection).await {
+            Ok(mut replies) => {
+                if self.timeouts.load(Ordering::Relaxed) != 0 {
+                    self.timeouts.store(0, Ordering::Relaxed);
+                }
+                if replies.iter().all(Result::is_ok) {
+                    return Ok(Sent { replies, detoured: Vec::new() });
+                }
+                if replies.iter().any(|reply| reply.as_ref().is_err_and(is_wrong_server)) {
+                    self.give_up();
+                }
+                let detoured = self.take_detour(commands, &mut replies, script, patience).await;
+                Ok(Sent { replies, detoured })
+            }
+            Err(error) => {
+                let dead = match error.is_timeout() {
+                    true => self.timeouts.fetch_add(1, Ordering::Relaxed) + 1 >= TIMEOUTS_UNTIL_DEAD,
+                    // Not an answer of the server's, so the stream is cut or out of step.
+                    false => !matches!(error.kind(), ErrorKind::Server(_) | ErrorKind::Extension),
+                };
+                if dead || is_wrong_server(&error) {
+                    self.give_up();
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Repeats what the node answered with `ASK` where it says, and puts the answers in their places. While a slot is on
+    /// its way to another node, its keys are at either; which is known only to the one that still owns the slot.
+    async fn take_detour(
+        &self,
+        commands: &[Cmd],
+        replies: &mut [RedisResult<Value>],
+        script: Option<&Lua>,
+        patience: Option<Duration>,
+    ) -> Vec<usize> {
+        let is_asked = |reply: &RedisResult<Value>| reply.as_ref().is_err_and(|error| error.code() == Some("ASK"));
+        let asked: Vec<_> = (0..replies.len()).filter(|index| is_asked(&replies[*index])).collect();
+        let Some(Err(error)) = asked.first().map(|index| &replies[*index]) else { return asked };
+        let Some(mut connection) = self.detour(error).await else { return Vec::new() };
+        if let Some(patience) = patience {
+            connection.set_response_timeout(patience);
+        }
+        let mut pipeline = redis::pipe();
+        pipeline.ignore_errors();
+        if let Some(script) = script {
+            pipeline.add_command(script.load());
+        }
+        for index in &asked {
+            pipeline.cmd("ASKING").add_command(commands[*index].clone());
+        }
+        match pipeline.query_async::<Vec<RedisResult<Value>>>(&mut connection).await {
+            Ok(answers) => {
+                let answers = answers.into_iter().skip(usize::from(script.is_some()) + 1).step_by(2);
+                for (index, answer) in asked.iter().zip(answers) {
+                    replies[*index] = answer;
+                }
+                asked
+            }
+            Err(error) => {
+                tracing::debug!(%error, "redis: the node that a slot moves to does not answer");
+                *self.detour.lock().await = None;
+                Vec::new()
+            }
+        }
+    }
+
+    async fn detour(&self, error: &RedisError) -> Option<MultiplexedConnection> {
+        let (place, _) = error.redirect_node()?;
+        // Held while connecting, so that one does and the others wait for it; connecting is bounded.
+        let mut detour = self.detour.lock().await;
+        if detour.as_ref().is_none_or(|(there, _)| there != place) {
+            match self.pool.manager().redirected(place, &self.host).await {
+                Ok(connection) => *detour = Some((place.to_owned(), connection)),
+                Err(error) => tracing::debug!(%error, "redis: the node that a slot moves to cannot be reached"),
+            }
+        }
+        detour.as_ref().filter(|(there, _)| there == place).map(|(_, connection)| connection.clone())
+    }
+
+    /// Logs in anew whenever the identity has another token, before the one that the connection lives by ends.
+    async fn stay_logged_in(&self, mut token: Option<Secret>) {
+        let nodes = self.pool.manager();
+        while let (Some(tokens), Some(old)) = (&nodes.tokens, &token) {
+            let new = tokens.after(old).await;
+            let mut connection = self.connection.clone();
+            connection.set_response_timeout(LOGIN);
+            let mut login = redis::cmd("AUTH");
+            login.arg(nodes.user(&new)).arg(new.reveal());
+            if let Err(error) = login.query_async::<()>(&mut connection).await {
+                tracing::warn!(%error, "redis: logging in with the identity's new token failed; connecting anew");
+                return;
+            }
+            tracing::debug!("redis: logged in with the identity's new token");
+            token = Some(new);
+        }
+        std::future::pending().await
+    }
+
+    fn give_up(&self) {
+        if !self.is_broken.swap(true, Ordering::AcqRel) {
+            self.broken.notify_one();
+        }
+    }
+}
+
+/// Whether an answer shows a server that cannot serve us now: demoted to a replica, loading its data, no longer the
+/// owner of our slot, in a cluster that has lost too much, or one that has forgotten who we are.
+fn is_wrong_server(error: &RedisError) -> bool {
+    matches!(error.code(), Some("READONLY" | "MASTERDOWN" | "LOADING" | "MOVED" | "CLUSTERDOWN" | "NOAUTH"))
+}
+
+/// Keeps one line connected for ever: check out, publish, wait until broken, discard, pause, again.
+async fn keep(line: Arc<Line>, pool: Pool<Nodes>, connect_timeout: Duration) {
+    let (shortest, longest) = RECONNECT_PAUSE;
+    let mut pause = shortest;
+    loop {
+        if let Some(tokens) = &pool.manager().tokens {
+            // Readers do not wait for the platform; and a token that is asked for should come to be kept.
+            let mut token = std::pin::pin!(tokens.token());
+            if timeout(connect_timeout, &mut token).await.is_err() {
+                line.publish(None);
+                let _ = token.await; // if there is none, connecting says why
+            }
+        }
+        match pool.get().await {
+            Ok(found) => {
+                tracing::debug!(node = found.id, "redis: connected");
+                let live = Live::new(&found, pool.clone());
+                line.publish(Some(live.clone()));
+                pause = shortest;
+                tokio::select! {
+                    () = live.broken.notified() => {}
+                    () = pool.manager().left(&found.id) => {}
+                    () = live.stay_logged_in(found.token.clone()) => {}
+                }
+                line.publish(None);
+                // Whoever has sent something still gets the answer.
+                drop(Object::take(found));
+                tracing::warn!("redis: connection lost, connecting anew");
+            }
+            Err(error) => {
+                if *line.up.borrow() == State::NeverTried {
+                    tracing::warn!(%error, "redis: cannot connect, trying on; reads go to the database");
+                }
+                line.publish(None);
+            }
+        }
+        tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+        pause = (pause * 2).min(longest);
+    }
+}
+
+fn is_missing_script(reply: &RedisResult<Value>) -> bool {
+    reply.as_ref().is_err_and(|error| error.kind() == ErrorKind::Server(ServerErrorKind::NoScript))
+}

@@ -1,0 +1,360 @@
+//! Which node to connect to, and as whom: the manager of the one pool.
+//!
+//! `deadpool-redis` makes each connection; this says where to. One node holds all of ours (see [`config::Redis::key`]): the
+//! server itself, the owner of our slot in a cluster, which any node names by `MOVED`, or the primary that sentinels
+//! name. Invariant: what is given out leads to a node that says it owns our keys and takes writes.
+
+use std::{
+    collections::HashSet,
+    fs,
+    net::SocketAddr,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
+
+use deadpool::managed::{Manager, Metrics, RecycleError, RecycleResult};
+use redis::{
+    AsyncConnectionConfig, Client, ConnectionAddr, ConnectionInfo, ErrorKind, IntoConnectionInfo, RedisConnectionInfo,
+    RedisError, RedisFuture, RedisResult, TlsCertificates, Value,
+    aio::MultiplexedConnection,
+    io::{AsyncDNSResolver, tcp::TcpSettings},
+};
+use tokio::{net::lookup_host, sync::watch};
+
+use crate::{
+    config::{self, Node, RedisLogin, RedisServer, Secret},
+    entra::{TokenSource, object_id},
+};
+
+/// What a token must be for. Azure Managed Redis and Azure Cache for Redis share it.
+const RESOURCE: &str = "https://redis.azure.com";
+/// `MOVED` is followed once, and once more if the cluster changes meanwhile.
+const MOST_REDIRECTS: usize = 3;
+/// Nodes of a cluster that are remembered, in case those that were named are gone. More than Redis recommends to have.
+const MOST_NODES: usize = 1000;
+
+/// A connection and where it leads.
+pub(super) struct Found {
+    pub(super) connection: MultiplexedConnection,
+    /// The token it was opened with.
+    pub(super) token: Option<Secret>,
+    /// The node's host.
+    pub(super) host: String,
+    /// The name that it has for itself.
+    pub(super) id: String,
+}
+
+/// Finds the node that is to be talked to, and connects to it.
+pub(super) struct Nodes {
+    server: RedisServer,
+    authorities: Option<Vec<u8>>,
+    tcp: TcpSettings,
+    settings: AsyncConnectionConfig,
+    /// A key of the slot that all our keys are in.
+    witness: String,
+    pub(super) tokens: Option<TokenSource>,
+    /// Whom to ask: those that were named, then those that a cluster named since.
+    known: Mutex<Vec<Node>>,
+    /// Whose turn it is; the next one's after a failure.
+    turn: AtomicUsize,
+    /// The keys' place has changed, or can: somebody was redirected.
+    moves: AtomicBool,
+    owner: watch::Sender<String>,
+}
+
+impl Nodes {
+    /// Checks what can be checked without connecting.
+    pub(super) fn new(config: &config::Redis) -> Result<Self, String> {
+        let authorities = config.ca_file.as_ref().map(|file| {
+            let unreadable = |problem: &dyn std::fmt::Display| format!("REDIS_CA_FILE {}: {problem}", file.display());
+            let text = fs::read(file).map_err(|error| unreadable(&error))?;
+            // A file without a certificate is read without a complaint, and then trusts nobody.
+            let is_pem = text.windows(27).any(|part| part == b"-----BEGIN CERTIFICATE-----");
+            if is_pem { Ok(text) } else { Err(unreadable(&"it holds no certificate (PEM)")) }
+        });
+        let tokens = match &config.server.login {
+            RedisLogin::ManagedIdentity { client_id, .. } => {
+                Some(TokenSource::new(config.identity.clone(), RESOURCE, client_id.clone()))
+            }
+            RedisLogin::Default | RedisLogin::Password { .. } => None,
+        };
+        let nodes = Self {
+            server: config.server.clone(),
+            authorities: authorities.transpose()?,
+            // Nagle's algorithm holds small commands back; a vanished peer is noticed by keep-alive, not never.
+            tcp: TcpSettings::default().set_nodelay(true).set_user_timeout(config.connect_timeout * 10),
+            settings: AsyncConnectionConfig::new()
+                .set_connection_timeout(Some(config.connect_timeout))
+                .set_response_timeout(Some(config.response_timeout)),
+            witness: config.key("log"),
+            tokens,
+            known: Mutex::new(config.server.nodes.clone()),
+            turn: AtomicUsize::new(0),
+            moves: AtomicBool::new(config.server.sentinel_service.is_some()),
+            owner: watch::Sender::default(),
+        };
+        for node in &config.server.nodes {
+            nodes.address(node).map_err(|error| error.to_string())?;
+        }
+        Ok(nodes)
+    }
+
+    /// Returns when the keys are found on another node than this.
+    ///
+    /// A node that was cut off from its cluster goes on answering for a while. Which connection finds out first is
+    /// chance, and entries must not be read from one node while the log is heard from another.
+    pub(super) async fn left(&self, id: &str) {
+        let elsewhere = |owner: &String| !owner.is_empty() && owner != id && self.moves.load(Ordering::Acquire);
+        let _ = self.owner.subscribe().wait_for(elsewhere).await;
+    }
+
+    /// The user name of a token's owner.
+    pub(super) fn user(&self, token: &Secret) -> Option<String> {
+        match &self.server.login {
+            RedisLogin::ManagedIdentity { user: Some(user), .. } => Some(user.clone()),
+            _ => object_id(token),
+        }
+    }
+
+    /// Connects to the node that a redirection names.
+    pub(super) async fn redirected(&self, place: &str, from: &str) -> RedisResult<MultiplexedConnection> {
+        Ok(self.open(&node(place, from)?).await?.0)
+    }
+
+    async fn follow(&self, start: Node) -> RedisResult<Found> {
+        let mut node = match &self.server.sentinel_service {
+            Some(service) => self.primary(&start, service).await?,
+            None => start,
+        };
+        for _ in 0..=MOST_REDIRECTS {
+            let (mut connection, token) = self.open(&node).await?;
+            match self.look(&node, &mut connection).await? {
+                Look::Here(id) => return Ok(Found { connection, token, host: node.host, id }),
+                Look::At(next) => {
+                    self.moves.store(true, Ordering::Release);
+                    node = next;
+                }
+            }
+        }
+        Err(failed("it redirects in circles"))
+    }
+
+    async fn open(&self, node: &Node) -> RedisResult<(MultiplexedConnection, Option<Secret>)> {
+        let token = match &self.tokens {
+            Some(tokens) => Some(tokens.token().await.map_err(|problem| failed(&problem))?),
+            None => None,
+        };
+        let mut login = RedisConnectionInfo::default().set_lib_name(env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
+        match (&self.server.login, &token) {
+            (RedisLogin::Default, _) => {}
+            (RedisLogin::Password { user, password }, _) => {
+                login = login.set_password(password.reveal());
+                if let Some(user) = user {
+                    login = login.set_username(user);
+                }
+            }
+            (RedisLogin::ManagedIdentity { .. }, Some(token)) => {
+                let user = self.user(token).ok_or_else(|| failed("the identity's token names no object id (oid)"))?;
+                login = login.set_username(user).set_password(token.reveal());
+            }
+            (RedisLogin::ManagedIdentity { .. }, None) => {}
+        }
+        let info = self.address(node)?.set_tcp_settings(self.tcp.clone()).set_redis_settings(login);
+        let settings = self.settings.clone().set_dns_resolver(At(node.clone()));
+        let connection = deadpool_redis::Manager::new_with_config(info, settings)?.create().await?;
+        Ok((connection, token))
+    }
+
+    fn address(&self, node: &Node) -> RedisResult<ConnectionInfo> {
+        if !self.server.encrypted {
+            return ConnectionAddr::Tcp(node.host.clone(), node.port).into_connection_info();
+        }
+        // By this name the certificate is checked; `At` says where to connect.
+        let host = self.certificate_name(node);
+        let address = ConnectionAddr::TcpTls { host, port: node.port, insecure: false, tls_params: None };
+        match &self.authorities {
+            None => address.into_connection_info(),
+            Some(authorities) => {
+                let trusted = TlsCertificates { client_tls: None, root_cert: Some(authorities.clone()) };
+                Ok(Client::build_with_tls(address, trusted)?.get_connection_info().clone())
+            }
+        }
+    }
+
+    /// Nodes that redirect by address show certificates for the name that the cluster is known by (Azure does so).
+    fn certificate_name(&self, node: &Node) -> String {
+        let is_address = |host: &str| host.parse::<std::net::IpAddr>().is_ok();
+        let named = &self.server.nodes[0].host;
+        match &self.server.certificate_name {
+            Some(name) => name.clone(),
+            None if is_address(&node.host) && !is_address(named) => named.clone(),
+            None => node.host.clone(),
+        }
+    }
+
+    /// Is it the right node? A stalled one accepts connections too, and one that was demoted answers everything but
+    /// writes.
+    async fn look(&self, node: &Node, connection: &mut MultiplexedConnection) -> RedisResult<Look> {
+        let mut questions = redis::pipe();
+        questions.ignore_errors().cmd("EXISTS").arg(&self.witness).cmd("ROLE");
+        questions.cmd("CLUSTER").arg("MYID").cmd("CLUSTER").arg("SLOTS");
+        let answers: [RedisResult<Value>; 4] = questions
+            .query_async::<Vec<RedisResult<Value>>>(connection)
+            .await?
+            .try_into()
+            .map_err(|_| failed("it answers something else than was asked"))?;
+        let [exists, role, id, slots] = answers;
+        if let Ok(slots) = slots {
+            self.learn(&node.host, slots);
+        }
+        match exists {
+            Err(error) if error.code() == Some("MOVED") => {
+                let (place, _) = error.redirect_node().ok_or_else(|| failed("it redirects to nowhere"))?;
+                return Ok(Look::At(self::node(place, &node.host)?));
+            }
+            // The slot is on its way to another node, and still this one's. What is forbidden shows where it is used.
+            Err(error) if !matches!(error.code(), Some("ASK" | "NOPERM")) => return Err(error),
+            _ => {}
+        }
+        if let Ok(Value::Array(role)) = role
+            && role.first() == Some(&Value::BulkString(b"slave".to_vec()))
+        {
+            return Err(failed("it is a replica"));
+        }
+        let id = id.ok().and_then(|id| redis::from_redis_value::<String>(id).ok());
+        Ok(Look::Here(id.unwrap_or_else(|| node.to_string())))
+    }
+
+    async fn primary(&self, sentinel: &Node, service: &str) -> RedisResult<Node> {
+        // Sentinels have users of their own; those of the servers mean nothing to them.
+        let settings = self.settings.clone().set_dns_resolver(At(sentinel.clone()));
+        let info = self.address(sentinel)?.set_tcp_settings(self.tcp.clone());
+        let mut connection = deadpool_redis::Manager::new_with_config(info, settings)?.create().await?;
+        let mut question = redis::cmd("SENTINEL");
+        question.arg("GET-MASTER-ADDR-BY-NAME").arg(service);
+        match question.query_async::<Option<(String, u16)>>(&mut connection).await? {
+            Some((host, port)) => Ok(Node { host, port }),
+            None => Err(failed(&format!("the sentinel {sentinel} knows no {service:?}"))),
+        }
+    }
+
+    /// Takes note of a cluster's nodes: `[first, last, [host, port, …]…]…`.
+    fn learn(&self, from: &str, slots: Value) {
+        let mut known = self.server.nodes.clone();
+        let mut seen: HashSet<_> = known.iter().cloned().collect();
+        let Value::Array(ranges) = slots else { return };
+        let described = ranges.into_iter().filter_map(|range| match range {
+            Value::Array(parts) => Some(parts.into_iter().skip(2)),
+            _ => None,
+        });
+        for part in described.flatten() {
+            let Value::Array(mut part) = part else { continue };
+            part.truncate(2);
+            let Ok((host, port)) = redis::from_redis_value::<(Option<String>, u16)>(Value::Array(part)) else {
+                continue;
+            };
+            let Ok(node) = node(&format!("{}:{port}", host.unwrap_or_default()), from) else { continue };
+            if known.len() < MOST_NODES && seen.insert(node.clone()) {
+                known.push(node);
+            }
+        }
+        *self.known.lock().unwrap_or_else(PoisonError::into_inner) = known;
+    }
+}
+
+impl Manager for Nodes {
+    type Type = Found;
+    type Error = RedisError;
+
+    async fn create(&self) -> RedisResult<Found> {
+        // Counted before, so that an attempt that is cancelled for being late has had its turn.
+        let turn = self.turn.fetch_add(1, Ordering::AcqRel);
+        let start = {
+            let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            known[turn % known.len()].clone()
+        };
+        let found = self.follow(start).await?;
+        self.turn.store(turn, Ordering::Release);
+        self.owner.send_if_modified(|owner| std::mem::replace(owner, found.id.clone()) != found.id);
+        Ok(found)
+    }
+
+    async fn recycle(&self, _: &mut Found, _: &Metrics) -> RecycleResult<RedisError> {
+        Err(RecycleError::message("a connection that was given up is not used again"))
+    }
+}
+
+/// What a node says about our keys.
+enum Look {
+    /// They are its own. By the name that it has for itself.
+    Here(String),
+    /// They are another's.
+    At(Node),
+}
+
+/// Resolves every name to one node, so that the name can be the one that its certificate has.
+struct At(Node);
+
+impl AsyncDNSResolver for At {
+    fn resolve<'a, 'b: 'a>(
+        &'a self,
+        _: &'b str,
+        _: u16,
+    ) -> RedisFuture<'a, Box<dyn Iterator<Item = SocketAddr> + Send + 'a>> {
+        Box::pin(async {
+            let addresses: Vec<_> = lookup_host((&*self.0.host, self.0.port)).await?.collect();
+            Ok(Box::new(addresses.into_iter()) as Box<dyn Iterator<Item = SocketAddr> + Send>)
+        })
+    }
+}
+
+/// `host:port` as nodes write it, IPv6 without brackets; no host: the one that was asked.
+fn node(place: &str, from: &str) -> RedisResult<Node> {
+    let (host, port) = place.rsplit_once(':').ok_or_else(|| failed("it names a node without a port"))?;
+    let port = port.parse().map_err(|_| failed("it names a node without a port"))?;
+    let host = if matches!(host, "" | "?") { from } else { host.trim_start_matches('[').trim_end_matches(']') };
+    Ok(Node { host: host.to_owned(), port })
+}
+
+fn failed(problem: &str) -> RedisError {
+    RedisError::from((ErrorKind::Client, "cannot connect", problem.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[test]
+    fn an_address_that_a_node_redirects_to_must_have_the_clusters_certificate() {
+        for (text, place, name) in [
+            ("shop.example:10000,ssl=True", "10.0.0.1:8501", "shop.example"),
+            ("shop.example:10000,ssl=True", "node.shop.example:8501", "node.shop.example"),
+            ("shop.example:10000,ssl=True,sslHost=n.example", "10.0.0.1:8501", "n.example"),
+            ("10.0.0.9:10000,ssl=True", "10.0.0.1:8501", "10.0.0.1"),
+        ] {
+            let variables = BTreeMap::from([("Redis".to_owned(), text.to_owned())]);
+            let config = config::Config::from_variables(&variables).expect(text).redis.expect("one");
+            let nodes = Nodes::new(&config).expect(text);
+            assert_eq!(nodes.certificate_name(&node(place, "from").expect(place)), name, "{text} {place}");
+        }
+    }
+
+    #[test]
+    fn nodes_are_named_in_each_form_that_servers_have() {
+        for (place, host, port) in [
+            ("10.0.0.1:7000", "10.0.0.1", 7000),
+            ("shop.example:7000", "shop.example", 7000),
+            ("::1:7000", "::1", 7000),
+            ("[2001:db8::1]:7000", "2001:db8::1", 7000),
+            (":7000", "from", 7000),
+            ("?:7000", "from", 7000),
+        ] {
+            assert_eq!(node(place, "from").expect(place), Node { host: host.to_owned(), port }, "{place}");
+        }
+        assert!(node("7000", "from").is_err() && node("h:", "from").is_err() && node("h:99999", "from").is_err());
+    }
+}

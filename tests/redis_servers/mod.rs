@@ -1,0 +1,161 @@
+//! Redis as it is in production: TLS, users with few rights, a limit of connections, identities, clusters, sentinels.
+
+mod cluster;
+mod identity;
+mod sentinel;
+
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+};
+
+use product_cache::cache::Level;
+use tempfile::tempdir;
+use tokio::time::{Duration, sleep};
+
+use crate::{
+    cache::world::{BUDGET, Node, Truth, key},
+    support::{
+        certificates::{CERTIFICATES, Certificates, NAME},
+        eventually,
+        instance::start,
+        proxy::Proxy,
+        redis::RedisServer,
+    },
+};
+
+/// A server with TLS in some version beside its plain port: the port, the server, and the folder of its files.
+async fn with_tls(version: &str) -> (u16, RedisServer, tempfile::TempDir) {
+    let folder = tempdir().unwrap();
+    let (certificate, key) = CERTIFICATES.server_files(folder.path());
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let (certificate, key) = (certificate.to_string_lossy(), key.to_string_lossy());
+    let options = ["--tls-port", &port.to_string(), "--tls-cert-file", &certificate, "--tls-key-file", &key];
+    let more = ["--tls-auth-clients", "no", "--tls-protocols", version];
+    let server = RedisServer::start_with(&[&options[..], &more[..]].concat()).await;
+    // The tests' own commands come from the plain port, as a user without a password.
+    server.command(&["ACL", "SETUSER", "app", "on", ">pa=ss", "~*", "&*", "+@all"]).await;
+    (port, server, folder)
+}
+
+#[tokio::test]
+async fn entries_are_shared_over_each_version_of_tls_and_each_form_of_string() {
+    for version in ["TLSv1.2", "TLSv1.3"] {
+        let (port, server, folder) = with_tls(version).await;
+        let authority = CERTIFICATES.authority_file(folder.path());
+        let ca = [("REDIS_CA_FILE", authority.to_str().unwrap())];
+        let truth = Truth::new(&[(1, 10)]);
+        let first = Node::hearing(&truth, &format!("rediss://app:pa%3Dss@127.0.0.1:{port}"), &ca).await;
+        let string = format!("localhost:{port},user=app,password=pa=ss,ssl=True,sslHost={NAME},abortConnect=False");
+        let second = Node::hearing(&truth, &string, &ca).await;
+        assert_eq!(first.value(1).await, Some(10));
+        assert_eq!(second.read(1).await.how().level, Level::Redis, "{version}");
+        let list: String = redis::from_redis_value(server.command(&["CLIENT", "LIST"]).await).unwrap();
+        assert_eq!(list.matches("user=app").count(), 6, "{list}");
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_cannot_prove_who_it_is_is_told_nothing_and_reads_go_on() {
+    let (port, server, folder) = with_tls("TLSv1.3").await;
+    let (right, wrong) = (CERTIFICATES.authority_file(folder.path()), tempdir().unwrap());
+    let wrong = Certificates::new().authority_file(wrong.path());
+    let proxy = Proxy::start(port).await;
+    for (host, authority) in [("127.0.0.1", Some(&wrong)), ("localhost", Some(&right)), ("127.0.0.1", None)] {
+        let truth = Truth::new(&[(1, 10)]);
+        let string = format!("{host}:{},user=app,password=pa=ss,ssl=True", proxy.port);
+        let ca = authority.map(|file| ("REDIS_CA_FILE", file.to_str().unwrap()));
+        let before = proxy.requests();
+        let node = Node::new(&truth, Some(&string), ca.as_slice());
+        assert_eq!(node.value(1).await, Some(10));
+        eventually("it tries again and again", async || (proxy.requests() >= before + 4).then_some(())).await;
+        assert_eq!(node.cache.status().redis_connected, Some(false), "{host} {authority:?}");
+    }
+    let list: String = redis::from_redis_value(server.command(&["CLIENT", "LIST"]).await).unwrap();
+    assert!(!list.contains("user=app"), "nobody has logged in: {list}");
+}
+
+#[tokio::test]
+async fn the_binary_speaks_tls_and_a_file_without_authorities_stops_its_start() {
+    let (port, _server, folder) = with_tls("TLSv1.3").await;
+    let authority = CERTIFICATES.authority_file(folder.path());
+    let string = format!("127.0.0.1:{port},user=app,password=pa=ss,ssl=True");
+    let one = start().env("Redis", &string).env("REDIS_CA_FILE", authority.display()).up().await;
+    let two = start().env("Redis", &string).env("REDIS_CA_FILE", authority.display()).up().await;
+    one.get("/api/GetProductById?productid=680").await;
+    let reply = two.get("/api/GetProductById?productid=680").await;
+    assert!(reply.header("cache-status").starts_with("L2; hit"), "{reply:?}");
+
+    let key = folder.path().join("key.pem");
+    for (file, problem) in [(key.as_path(), "no certificate"), ("/nowhere.pem".as_ref(), "No such file")] {
+        let mut failed = start().env("Redis", &string).env("REDIS_CA_FILE", file.display()).spawn();
+        assert_eq!(failed.exit_code().await, Some(2));
+        let said = failed.stderr.text();
+        assert!(said.contains("REDIS_CA_FILE") && said.contains(problem) && !said.contains("pa=ss"), "{said}");
+    }
+}
+
+/// What the handler's user needs, as docs/redis.md has it.
+pub const RIGHTS: &str = "~{product-cache}:* +exists +get +set +type +unlink +evalsha +script|load +hdel +hget +hmget +hset +pttl +pexpire +time +xadd +xtrim +xread +xrevrange +role +cluster|myid +cluster|slots +asking";
+
+#[tokio::test]
+async fn a_user_with_no_more_rights_than_documented_can_do_all_there_is_to_do() {
+    let docs = include_str!("../../docs/redis.md");
+    assert!(docs.contains(RIGHTS), "docs/redis.md says: {RIGHTS}");
+    let server = RedisServer::start().await;
+    let mut words = vec!["ACL", "SETUSER", "app", "on", ">secret", "resetchannels"];
+    words.extend(RIGHTS.split(' '));
+    server.command(&words).await;
+    let truth = Truth::new(&[(1, 10), (2, 20)]);
+    let string = format!("127.0.0.1:{},user=app,password=secret", server.port);
+    let (first, second) = (Node::hearing(&truth, &string, &[]).await, Node::hearing(&truth, &string, &[]).await);
+    assert_eq!((first.value(1).await, second.value(1).await), (Some(10), Some(10)));
+
+    truth.set(1, 11);
+    first.cache.expire(&[key(1)], BUDGET).await.expect("told");
+    eventually("the other hears", async || (second.value(1).await == Some(11)).then_some(())).await;
+    truth.set(2, 21);
+    first.cache.expire_everything(BUDGET).await.expect("told");
+    eventually("the other hears", async || (second.value(2).await == Some(21)).then_some(())).await;
+    // A value that is not ours, a failed load, what instances leave for each other.
+    server.command(&["SET", "{product-cache}:thing:1", "foreign"]).await;
+    first.cache.expire(&[key(1)], BUDGET).await.expect("removed and told");
+    truth.fail(true);
+    assert!(first.try_read(3).await.is_err(), "and its lease is given back");
+    assert!(
+        first.cache.keep_note("n", "text").await && second.cache.note("n").await.unwrap().as_deref() == Some("text")
+    );
+
+    let log: Vec<redis::Value> = redis::from_redis_value(server.command(&["ACL", "LOG"]).await).unwrap();
+    assert!(log.is_empty(), "something was refused: {log:?}");
+}
+
+#[tokio::test]
+async fn a_server_that_is_full_is_done_without_and_used_again_when_there_is_room() {
+    let server = RedisServer::start_with(&["--maxclients", "12"]).await;
+    let mut crowd = Vec::new();
+    eventually("it is full", async || {
+        let mut one = TcpStream::connect(("127.0.0.1", server.port)).ok()?;
+        let mut answer = [0; 7];
+        if one.write_all(b"PING\r\n").and_then(|()| one.read_exact(&mut answer)).is_ok() && &answer == b"+PONG\r\n" {
+            crowd.push(one);
+        }
+        (crowd.len() == 12).then_some(())
+    })
+    .await;
+    let truth = Truth::new(&[(1, 10)]);
+    let url = server.url();
+    let node = Node::new(&truth, Some(&url), &[]);
+    for _ in 0..20 {
+        assert_eq!(node.value(1).await, Some(10));
+        assert_eq!(node.cache.status().redis_connected, Some(false), "there is no room");
+        sleep(Duration::from_millis(20)).await;
+    }
+    drop(crowd);
+    node.until_it_hears().await;
+    eventually("all are up", async || (server.clients().await == 3).then_some(())).await;
+    truth.set(2, 20);
+    assert_eq!(node.value(2).await, Some(20));
+    let other = Node::hearing(&truth, &url, &[]).await;
+    assert_eq!(other.read(2).await.how().level, Level::Redis);
+}
