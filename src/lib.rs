@@ -12,12 +12,13 @@
 //!
 //! | module | owns |
 //! |---|---|
+//! | [`doctor`] | `handler doctor`: what a deployment usually gets wrong |
 //! | [`functions`] | one file per function folder, the routes, the [`functions::App`] they share; product and cache meet here |
 //! | [`product`] | the entity: its id, its columns, its JSON |
 //! | [`cache`] | get-or-load and expire: memory, Redis, leases, the log; knows no entity |
 //! | [`redis`] | the one Redis pool |
 //! | [`database`] | the one database pool; the only place that names an engine |
-//! | `entra` | tokens of the app's managed identity |
+//! | `entra`, `finding` | tokens of the app's managed identity; what the doctor finds |
 //! | [`config`], [`telemetry`], [`background`] | settings, logs, tasks that must not die |
 //!
 //! What always holds, and is tested: one load per key and instance (C1) and, while Redis answers, per cluster (C2); no
@@ -31,7 +32,9 @@ pub mod background;
 pub mod cache;
 pub mod config;
 pub mod database;
+pub mod doctor;
 mod entra;
+mod finding;
 pub mod functions;
 pub mod product;
 pub mod redis;

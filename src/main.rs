@@ -3,6 +3,7 @@
 use std::{
     io::{self, Write},
     net::Ipv4Addr,
+    path::Path,
     process::ExitCode,
     sync::Arc,
 };
@@ -10,6 +11,7 @@ use std::{
 use actix_web::{App as Actix, HttpServer, http::KeepAlive};
 use product_cache::{
     config::{Config, Role},
+    doctor,
     functions::{self, App},
     telemetry,
 };
@@ -21,13 +23,48 @@ const WRONG_SETTINGS: u8 = 2;
 const CANNOT_SERVE: u8 = 1;
 /// Stopped by a signal while a host may still want us: not 0, which the host takes for "done, do not restart".
 const STOPPED_UNDER_HOST: u8 = 3;
+const USAGE: &str = "usage: handler            answers HTTP, settings from the environment
+       handler doctor     looks for what a deployment usually gets wrong
+       handler --version";
 /// The host keeps idle connections for about a minute; closing one it is about to use would cost a request.
 const KEEP_ALIVE: std::time::Duration = std::time::Duration::from_secs(150);
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// `doctor` found something that does not work.
+const FAILED: u8 = 1;
+
 fn main() -> ExitCode {
+    match std::env::args().skip(1).collect::<Vec<_>>().iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => serve(),
+        ["doctor"] => doctor(),
+        ["--version" | "-V"] => {
+            println!("{} {}", env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
+            ExitCode::SUCCESS
+        }
+        _ => {
+            eprintln!("{USAGE}");
+            WRONG_SETTINGS.into()
+        }
+    }
+}
+
+fn doctor() -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("cannot start threads: {error}");
+            return CANNOT_SERVE.into();
+        }
+    };
+    let report = runtime.block_on(doctor::examine(Path::new(".")));
+    runtime.shutdown_background();
+    let _ = write!(io::stdout(), "{report}");
+    if report.has_failed() { FAILED.into() } else { ExitCode::SUCCESS }
+}
+
+fn serve() -> ExitCode {
     let config = match Config::from_process() {
         Ok(config) => config,
         Err(error) => {

@@ -9,6 +9,7 @@ mod support;
 mod cache;
 mod coherence;
 mod databases;
+mod doctor;
 mod faults;
 mod get_product_by_id;
 mod history;

@@ -79,6 +79,10 @@ pub struct Config {
     pub database: Database,
     /// Least severe level that is logged.
     pub log_level: String,
+    /// Instances that the plan may start, if anybody says.
+    pub max_instances: Option<u64>,
+    /// What was set, as it was written, without secrets.
+    pub given: BTreeMap<&'static str, String>,
 }
 
 /// How HTTP is served.
@@ -105,6 +109,8 @@ pub struct Invalidate {
     pub budget: Duration,
     /// Largest request body.
     pub max_body_bytes: usize,
+    /// The host was told not to run it.
+    pub trigger_disabled: bool,
 }
 
 /// How long things are kept, and how much.
@@ -227,6 +233,18 @@ impl Config {
     /// Reads the process's environment; a standalone start also reads `Values` of `local.settings.json` in the working
     /// directory, which the environment overrides (as `func start` does).
     pub fn from_process() -> Result<Self, ConfigError> {
+        let (variables, mistakes) = Self::variables_of_process();
+        Self::parse(&variables, mistakes)
+    }
+
+    /// The same, but as a Functions host on this machine would start the handler.
+    pub fn from_process_as_under_a_host() -> Result<Self, ConfigError> {
+        let (mut variables, mistakes) = Self::variables_of_process();
+        variables.entry(HOST_NAMES[0].to_owned()).or_insert_with(|| "7071".to_owned());
+        Self::parse(&variables, mistakes)
+    }
+
+    fn variables_of_process() -> (BTreeMap<String, String>, Vec<String>) {
         let mut mistakes = Vec::new();
         let mut variables = BTreeMap::new();
         for (name, value) in std::env::vars_os() {
@@ -253,7 +271,7 @@ impl Config {
             Ok(None) => {}
             Err(mistake) => mistakes.push(mistake),
         }
-        Self::parse(&variables, mistakes)
+        (variables, mistakes)
     }
 
     /// Builds a `Config` from the given variables alone.
@@ -267,7 +285,8 @@ impl Config {
         let duration_s = read.number("CACHE_DURATION_S");
         let host_port = port_name(variables);
         let role = if host_port.is_some() { Role::Handler } else { Role::Standalone };
-        let redis = read.redis();
+        let max_instances = read.max_instances();
+        let redis = read.redis(max_instances);
         let database = read.database(role, redis.as_ref());
         let config = Self {
             role,
@@ -285,6 +304,7 @@ impl Config {
             invalidate: Invalidate {
                 budget: read.millis("INVALIDATE_BUDGET_MS"),
                 max_body_bytes: read.number("INVALIDATE_MAX_BODY_BYTES") as usize,
+                trigger_disabled: read.trigger_is_disabled(),
             },
             cache: Cache {
                 l1_duration: Duration::from_secs(read.number_or("CACHE_L1_DURATION_S", duration_s)),
@@ -312,6 +332,8 @@ impl Config {
             redis,
             database,
             log_level: read.text("LOG_LEVEL").to_ascii_lowercase(),
+            max_instances,
+            given: read.given(),
         };
         read.check_together(&config);
         match read.mistakes.is_empty() {
@@ -373,7 +395,7 @@ fn host_json_route_prefix(path: &Path) -> Result<Option<String>, String> {
     }
 }
 
-fn read_json(path: &Path) -> Result<Option<serde_json::Value>, String> {
+pub(crate) fn read_json(path: &Path) -> Result<Option<serde_json::Value>, String> {
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),

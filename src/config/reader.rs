@@ -95,7 +95,7 @@ impl Reader<'_> {
         value
     }
 
-    pub(super) fn redis(&mut self) -> Option<Redis> {
+    pub(super) fn redis(&mut self, instances: Option<u64>) -> Option<Redis> {
         let (name, text) = self.connection_string("Redis", REDIS_PREFIXES);
         // All of them are read where there is no Redis too, so that what is wrong with them is told.
         let frugal = self.text("REDIS_FRUGAL").eq_ignore_ascii_case("on");
@@ -113,7 +113,7 @@ impl Reader<'_> {
             return None;
         }
         let (pool_size, frugal_poll) = (if frugal { 1 } else { pool_size }, frugal.then_some(poll));
-        self.check_connections(pool_size as u64 + u64::from(!frugal));
+        self.check_connections(pool_size as u64 + u64::from(!frugal), instances.unwrap_or(0));
         let server = match redis_string::parse(&text) {
             Ok(server) => self.redis_server(&name, server, entra, may_be_read),
             Err(mistakes) => {
@@ -253,7 +253,7 @@ impl Reader<'_> {
 
     /// Whether the host was told not to run InvalidateCache: `AzureWebJobs.InvalidateCache.Disabled`, where Linux may
     /// have underscores for the dots.
-    fn trigger_is_disabled(&self) -> bool {
+    pub(super) fn trigger_is_disabled(&self) -> bool {
         let is_name = |name: &str| {
             let plain = name.replace("__", ".").replace('_', ".");
             plain.eq_ignore_ascii_case("AzureWebJobs.InvalidateCache.Disabled")
@@ -284,11 +284,24 @@ impl Reader<'_> {
         }
     }
 
-    /// Whether all instances together stay within what the Redis tier allows.
-    fn check_connections(&mut self, each: u64) {
+    /// Instances that the plan may start.
+    pub(super) fn max_instances(&mut self) -> Option<u64> {
         let platform = self.variables.get("WEBSITE_MAX_DYNAMIC_APPLICATION_SCALE_OUT");
         let platform = platform.and_then(|instances| instances.trim().parse().ok()).unwrap_or(0);
-        let instances = self.number_or("MAX_INSTANCES", platform);
+        Some(self.number_or("MAX_INSTANCES", platform)).filter(|instances| *instances > 0)
+    }
+
+    /// What was set, by the table, without secrets.
+    pub(super) fn given(&self) -> BTreeMap<&'static str, String> {
+        let given = SETTINGS.iter().filter(|setting| !matches!(setting.kind, Kind::Secret)).filter_map(|setting| {
+            let value = self.variables.get(setting.name).map(|value| value.trim()).filter(|value| !value.is_empty())?;
+            Some((setting.name, value.to_owned()))
+        });
+        given.collect()
+    }
+
+    /// Whether all instances together stay within what the Redis tier allows.
+    fn check_connections(&mut self, each: u64, instances: u64) {
         let allowed = self.number("REDIS_MAX_CLIENTS");
         if allowed > 0 && instances * each > allowed {
             self.mistakes.push(format!(

@@ -11,14 +11,20 @@ mod postgres;
 mod sql_server;
 mod sqlite;
 
-use std::{fmt, time::Duration};
+use std::{
+    fmt,
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use chrono::NaiveDateTime;
 use rust_decimal::{Decimal, RoundingStrategy};
 use tokio::time::timeout;
 
-use crate::config::{self, Source};
+use crate::{
+    config::{self, Source},
+    finding::{Budget, Finding},
+};
 
 /// A table whose rows are read by an integer key.
 pub struct Table {
@@ -126,6 +132,7 @@ pub struct BadRow {
 /// The pool. Share it behind the `App`; it is made once.
 pub struct Database {
     engine: Box<dyn Engine>,
+    max_connections: u32,
     query_timeout: Duration,
     feed_interval: Option<Duration>,
 }
@@ -151,6 +158,11 @@ trait Engine: Send + Sync {
         std::future::pending().await
     }
 
+    /// What this engine in particular needs, beyond what all do.
+    async fn examine(&self, _table: &'static Table, _budget: Budget) -> Result<Vec<Finding>, Error> {
+        Ok(Vec::new())
+    }
+
     /// Closes the connections; one at work is closed when it is done.
     async fn close(&self);
 }
@@ -165,7 +177,8 @@ impl Database {
             Source::MySql(server) => Box::new(mysql::MySql::new(config, server)),
             Source::SqlServer(server) => Box::new(sql_server::SqlServer::new(config, server)),
         };
-        Self { engine, query_timeout: config.query_timeout, feed_interval: config.feed_interval }
+        let &config::Database { max_connections, query_timeout, feed_interval, .. } = config;
+        Self { engine, max_connections, query_timeout, feed_interval }
     }
 
     /// Opens the first connection now, and says in words what was opened (no secrets).
@@ -188,6 +201,53 @@ impl Database {
     /// One page of what was committed after `position`; nothing is ever skipped, some of it may be repeated.
     pub async fn changes_since(&self, table: &'static Table, position: &Position) -> Result<Changes, Error> {
         self.within(self.engine.changes_since(table, position)).await
+    }
+
+    /// Looks at everything that a deployment may get wrong, in seconds. For the app with this many instances at most.
+    pub(crate) async fn examine(&self, table: &'static Table, instances: Option<u64>) -> Vec<Finding> {
+        let (began, budget) = (Instant::now(), Budget { each: self.max_connections.into(), instances });
+        match self.open().await {
+            Ok(what) => {
+                let mut findings =
+                    vec![Finding::ok(format!("{what}; connected in {} ms", began.elapsed().as_millis()))];
+                findings.extend(self.examine_table(table).await);
+                findings.extend(match self.within(self.engine.examine(table, budget)).await {
+                    Ok(findings) => findings,
+                    Err(error) => {
+                        vec![Finding::warn(error.to_string(), "look into it: this part could not be examined")]
+                    }
+                });
+                findings
+            }
+            Err(error) => vec![Finding::fail(
+                error.to_string(),
+                "check Sql, the server's firewall or private endpoint, and the login (docs/databases.md)",
+            )],
+        }
+    }
+
+    async fn examine_table(&self, table: &'static Table) -> Vec<Finding> {
+        let schema = "make the table by the script for this engine in sql/, and grant SELECT on it";
+        // Warm: the first statement of its kind is compiled.
+        let _ = self.rows(table, &[1]).await;
+        let began = Instant::now();
+        let read = match self.rows(table, &[1]).await {
+            Ok(rows) if rows.iter().any(Result::is_err) => {
+                let bad = rows.into_iter().find_map(Result::err).map_or_else(String::new, |bad| bad.to_string());
+                Finding::fail(bad, "give the column the type that it has in the engine's script in sql/")
+            }
+            Ok(_) => Finding::ok(format!("a row by its key takes {:.1} ms", began.elapsed().as_secs_f64() * 1000.0)),
+            Err(error) => return vec![Finding::fail(error.to_string(), schema)],
+        };
+        // To ask for the position alone touches nothing that the script makes, on some engines.
+        let asked = async { self.changes_since(table, &self.latest_change(table).await?).await };
+        let feed = match asked.await {
+            Ok(_) => Finding::ok("what changes is tracked"),
+            Err(error) => {
+                Finding::fail(error.to_string(), "run the script for this engine in sql/: it sees to change tracking")
+            }
+        };
+        vec![read, feed]
     }
 
     /// Waits until it is time to ask for changes again: after `pause`, or sooner where the engine tells of changes.

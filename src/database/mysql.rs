@@ -26,7 +26,10 @@ use super::{
     over_sqlx::{self, get},
     pool::{Connect, Failure, Pool},
 };
-use crate::config::{self, Login, Server, Tls};
+use crate::{
+    config::{self, Login, Server, Tls},
+    finding::{Budget, Finding},
+};
 
 /// Changes read at once: bounds memory; more is asked for at once.
 const FEED_PAGE: i64 = 10_000;
@@ -229,6 +232,26 @@ impl Engine for MySql {
         changes.extend(new);
         let keys: BTreeSet<_> = changes.into_values().map(i64::from).collect();
         Ok(Changes { keys: keys.into_iter().collect(), position: mark.into(), overrun: false, more })
+    }
+
+    async fn examine(&self, _: &'static Table, budget: Budget) -> Result<Vec<Finding>, Error> {
+        let facts = self.pool.run(|connection| {
+            let sql = "SELECT CAST(@@max_connections AS SIGNED), @@event_scheduler = 'ON' OR @@event_scheduler = '1', @@read_only";
+            let row = sqlx::query_as(sql);
+            async move { row.fetch_one(&mut connection.connection).await.map_err(failure) }.boxed()
+        });
+        let (allowed, prunes, is_replica): (i64, i64, i64) = facts.await?;
+        let mut findings = vec![budget.within(allowed as u64, None)];
+        if prunes == 0 {
+            findings.push(Finding::warn(
+                "the event scheduler is off, so that the change table only grows",
+                "SET GLOBAL event_scheduler = ON, and in the server's configuration",
+            ));
+        }
+        if is_replica != 0 {
+            findings.push(Finding::fail("it is read-only: a replica, which lags", "point Sql at the primary"));
+        }
+        Ok(findings)
     }
 
     async fn close(&self) {

@@ -27,6 +27,7 @@ use super::{
 use crate::{
     background::{Task, keep_running},
     config::{self, Login, Server, Tls},
+    finding::{Budget, Finding},
 };
 
 /// Changes read at once: bounds memory; more is asked for at once.
@@ -174,6 +175,22 @@ impl Engine for Postgres {
             keep_running(&Handle::current(), "listener", move || listen(options.clone(), table, heard.clone()))
         });
         self.heard.notified().await;
+    }
+
+    async fn examine(&self, _: &'static Table, budget: Budget) -> Result<Vec<Finding>, Error> {
+        let facts = self.pool.run(|connection| {
+            let sql = "SELECT current_setting('max_connections')::int8 - current_setting('superuser_reserved_connections')::int8,
+                         (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'), pg_is_in_recovery()";
+            let row = sqlx::query_as(sql);
+            async move { row.fetch_one(connection).await.map_err(failure) }.boxed()
+        });
+        let (allowed, used, is_standby): (i64, i64, bool) = facts.await?;
+        let mut findings = vec![budget.within(allowed as u64, Some(used as u64))];
+        if is_standby {
+            findings
+                .push(Finding::fail("it is a standby, which lags and has no change feed", "point Sql at the primary"));
+        }
+        Ok(findings)
     }
 
     async fn close(&self) {

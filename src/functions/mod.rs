@@ -108,18 +108,18 @@ fn entry(product: product::Product) -> Entry {
 type Handler = for<'a> fn(&'a App, &'a HttpRequest, web::Payload) -> LocalBoxFuture<'a, Result<HttpResponse, Error>>;
 
 /// What a path leads to.
-struct Route {
+pub(crate) struct Route {
     /// Name of the function's folder.
-    function: &'static str,
+    pub(crate) function: &'static str,
     /// Who may call it, and where.
-    trigger: Trigger,
+    pub(crate) trigger: Trigger,
     /// Allowed methods, as in an `Allow` header.
-    methods: &'static str,
+    pub(crate) methods: &'static str,
     handler: Handler,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Trigger {
+pub(crate) enum Trigger {
     /// Clients, by way of the host, which passes their path on: `/<prefix>/<function>` in whatever case.
     Http,
     /// The host itself: `/<function>`, from this machine.
@@ -127,7 +127,7 @@ enum Trigger {
 }
 
 /// One line per function folder.
-const ROUTES: &[Route] = &[
+pub(crate) const ROUTES: &[Route] = &[
     Route {
         function: "GetProductById",
         trigger: Trigger::Http,

@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+mod examine;
 mod nodes;
 
 use deadpool::{
@@ -26,6 +27,7 @@ use tokio::{
     time::timeout,
 };
 
+pub(crate) use self::examine::examine;
 use self::nodes::{Found, Nodes};
 use crate::{
     background::{Task, keep_running},

@@ -2,7 +2,7 @@
 
 mod feed;
 mod identity;
-mod world;
+pub mod world;
 
 use std::{
     collections::BTreeMap,

@@ -18,12 +18,17 @@ use super::{
     BadRow, Changes, Engine, Error, Position, Row, Table,
     pool::{Failure, Pool},
 };
-use crate::config::{self, Server};
+use crate::{
+    config::{self, Server},
+    finding::{Budget, Finding},
+};
 
 /// Parameters of one statement. SQL Server allows 2,100; readers ask for at most 100 keys.
 const MOST_PARAMETERS: usize = 1024;
 /// Changes read at once: bounds memory; more is asked for at once.
 const FEED_PAGE: usize = 10_000;
+/// Changes kept for less do not outlast a night.
+const SHORTEST_RETENTION_MINUTES: i64 = 24 * 60;
 /// No such object, no permission, no change tracking on the table: what the access script sees to.
 const NO_ACCESS: [u32; 3] = [208, 229, 22_105];
 const ACCESS: &str = "sql/sqlserver-access.sql turns change tracking on and grants what is needed";
@@ -94,6 +99,15 @@ impl Engine for SqlServer {
         Ok(Changes { keys: keys.into_iter().collect(), position, overrun: false, more })
     }
 
+    async fn examine(&self, _: &'static Table, budget: Budget) -> Result<Vec<Finding>, Error> {
+        let mut findings = self.examine_feed().await?;
+        // What the tier allows is less, and only Azure's documentation says how much.
+        let limit = self.numbers("SELECT CAST(@@MAX_CONNECTIONS AS bigint)").await?;
+        findings.extend(limit.first().map(|numbers| budget.within(numbers[0].unwrap_or(0) as u64, None)));
+        findings.extend(self.examine_trigger().await?);
+        Ok(findings)
+    }
+
     async fn close(&self) {
         self.pool.close();
     }
@@ -106,6 +120,62 @@ impl SqlServer {
             pool: Pool::new(Connector::new(config, server), config, config.max_connections),
             place: format!("database {} on {}:{}", server.database, server.host, server.port),
         }
+    }
+
+    /// How long changes are kept: whoever does not ask for longer has to take everything for changed.
+    async fn examine_feed(&self) -> Result<Vec<Finding>, Error> {
+        let sql = "SELECT CAST(retention_period AS bigint) * CASE retention_period_units WHEN 1 THEN 1 WHEN 2 THEN 60 ELSE 1440 END, \
+                   CAST(is_auto_cleanup_on AS bigint) FROM sys.change_tracking_databases WHERE database_id = DB_ID()";
+        let found = self.numbers(sql).await?;
+        // Nothing to see without the right to: then the feed's own look has said what there is to say.
+        let Some([Some(minutes), Some(cleans)]) = found.first().map(|numbers| &numbers[..]) else {
+            return Ok(Vec::new());
+        };
+        let mut findings = vec![match *minutes {
+            minutes if minutes < SHORTEST_RETENTION_MINUTES => Finding::warn(
+                format!("changes are kept for {minutes} minutes: an outage of that length makes everything stale"),
+                "ALTER DATABASE CURRENT SET CHANGE_TRACKING (CHANGE_RETENTION = 2 DAYS)",
+            ),
+            minutes => Finding::ok(format!("changes are kept for {} hours", minutes / 60)),
+        }];
+        if *cleans == 0 {
+            findings.push(Finding::warn(
+                "changes are never cleaned up, so that what is kept only grows",
+                "ALTER DATABASE CURRENT SET CHANGE_TRACKING (AUTO_CLEANUP = ON)",
+            ));
+        }
+        Ok(findings)
+    }
+
+    /// Rows that the SQL trigger has given up: it tries a change five times and then leaves it.
+    async fn examine_trigger(&self) -> Result<Vec<Finding>, Error> {
+        let sql = "SELECT name FROM sys.tables WHERE schema_id = SCHEMA_ID(N'az_func') AND name LIKE N'Leases[_]%'";
+        let tables = self.query(sql.to_owned(), Vec::new()).await?;
+        let names = tables.iter().flatten().filter_map(|row| row.try_get::<&str, usize>(0).ok().flatten());
+        let mut findings = Vec::new();
+        for name in names {
+            let table = format!("[az_func].[{}]", name.replace(']', "]]"));
+            let sql =
+                format!("SELECT COUNT_BIG(*), COUNT_BIG(CASE WHEN _az_func_AttemptCount >= 5 THEN 1 END) FROM {table}");
+            let counts = self.numbers(&sql).await?;
+            let [Some(leases), Some(given_up)] = counts.first().map_or(&[][..], |counts| counts) else { continue };
+            findings.push(match *given_up {
+                0 => Finding::ok(format!("the SQL trigger has {leases} changes at work in {table}, none given up")),
+                given_up => Finding::fail(
+                    format!("the SQL trigger has given up {given_up} of {leases} changes in {table} after five attempts"),
+                    format!("find out why in the app's log; then UPDATE {table} SET _az_func_AttemptCount = 0 WHERE _az_func_AttemptCount >= 5"),
+                ),
+            });
+        }
+        Ok(findings)
+    }
+
+    async fn numbers(&self, sql: &str) -> Result<Vec<Vec<Option<i64>>>, Error> {
+        let rows = self.query(sql.to_owned(), Vec::new()).await?.into_iter().flatten();
+        let numbers = |row: tiberius::Row| {
+            (0..row.len()).map(|index| row.get_column_data(index).ok().and_then(decode::integer)).collect()
+        };
+        Ok(rows.map(numbers).collect())
     }
 
     /// How far the feed goes, and up to a page and one of what changed after `since`: (version, key), oldest first.
