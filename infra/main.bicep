@@ -1,4 +1,4 @@
-// Everything product-cache needs in a subscription, without a password, key or connection string with either.
+// Everything product-cache needs in a subscription: whoever needs a right has an identity, and nothing here is secret.
 //
 // One user-assigned identity is the app's. It exists before the app does, so that every right is given before the first
 // start; it outlives the app, and the staging slot of the Premium plan has the same one, so it needs no second set.
