@@ -14,6 +14,7 @@ mod faults;
 mod get_product_by_id;
 mod history;
 mod host_stand_in;
+mod infrastructure;
 mod invalidate_cache;
 mod model;
 mod redis_servers;
