@@ -20,5 +20,6 @@ mod model;
 mod redis_servers;
 mod repository;
 mod scenarios;
+mod secrets;
 mod sql_server;
 mod startup;

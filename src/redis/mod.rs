@@ -108,13 +108,11 @@ impl Redis {
             .build()
             .map_err(|error| error.to_string())?;
 
-        let (mut keepers, connect_timeout) = (Vec::new(), config.connect_timeout);
+        let mut keepers = Vec::new();
         let mut open_line = || {
             let line = Arc::new(Line::default());
             let (kept, pool) = (line.clone(), pool.clone());
-            keepers.push(keep_running(background, "redis connection", move || {
-                keep(kept.clone(), pool.clone(), connect_timeout)
-            }));
+            keepers.push(keep_running(background, "redis connection", move || keep(kept.clone(), pool.clone())));
             line
         };
         let shared: Vec<_> = (0..config.pool_size).map(|_| open_line()).collect();
@@ -399,17 +397,14 @@ fn is_wrong_server(error: &RedisError) -> bool {
 }
 
 /// Keeps one line connected for ever: check out, publish, wait until broken, discard, pause, again.
-async fn keep(line: Arc<Line>, pool: Pool<Nodes>, connect_timeout: Duration) {
+async fn keep(line: Arc<Line>, pool: Pool<Nodes>) {
     let (shortest, longest) = RECONNECT_PAUSE;
     let mut pause = shortest;
     loop {
         if let Some(tokens) = &pool.manager().tokens {
-            // Readers do not wait for the platform; and a token that is asked for should come to be kept.
-            let mut token = std::pin::pin!(tokens.token());
-            if timeout(connect_timeout, &mut token).await.is_err() {
-                line.publish(None);
-                let _ = token.await; // if there is none, connecting says why
-            }
+            // Before the deadline of connecting begins: a request for a token that is cut short is never kept. If there
+            // is none, connecting says why.
+            let _ = tokens.token().await;
         }
         match pool.get().await {
             Ok(found) => {

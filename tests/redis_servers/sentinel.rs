@@ -91,6 +91,11 @@ async fn of_a_primary_and_its_replica_the_primary_is_used_whichever_is_named_fir
     let node = Node::hearing(&truth, &string, &[]).await;
     assert_eq!(node.value(1).await, Some(10));
     assert_eq!(primary.command(&["EXISTS", "{product-cache}:thing:1"]).await, redis::Value::Int(1));
+    // Beside the three, the primary has its replica as a client, and the replica its primary.
+    eventually("none has stayed at the replica", async || {
+        (primary.clients().await == 4 && replica.clients().await == 1).then_some(())
+    })
+    .await;
 }
 
 /// What a sentinel says to all it is asked, bare as it is: the sentinels that can be started do not err.
