@@ -24,7 +24,6 @@ use redis::{Cmd, ErrorKind, Pipeline, RedisError, RedisResult, ServerErrorKind, 
 use tokio::{
     runtime::Handle,
     sync::{Mutex, Notify, watch},
-    time::timeout,
 };
 
 pub(crate) use self::examine::examine;
