@@ -17,6 +17,7 @@ mod host_stand_in;
 mod infrastructure;
 mod invalidate_cache;
 mod model;
+mod package;
 mod redis_servers;
 mod repository;
 mod scenarios;
