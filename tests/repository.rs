@@ -103,6 +103,15 @@ fn every_file_the_package_must_not_hold_is_ignored_by_core_tools() {
 }
 
 #[test]
+fn tls_is_rustls_alone() {
+    // OpenSSL would be another library to find on the machine, or to build for it.
+    let lock = read("Cargo.lock");
+    for name in ["openssl-sys", "openssl", "native-tls"] {
+        assert!(!lock.contains(&format!("name = \"{name}\"\n")), "{name}");
+    }
+}
+
+#[test]
 fn every_source_file_says_what_it_owns() {
     fn check(folder: &Path) {
         for entry in fs::read_dir(folder).unwrap() {
