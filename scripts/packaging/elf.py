@@ -1,10 +1,12 @@
 """Says why a file would not run as the handler on the Functions host's Linux images, or nothing if it would.
 
 It reads the file's own words (ELF) and needs no tool, so that it works where the package is made: Linux, macOS, Windows.
+Run with a machine, the newest glibc that is allowed, and file names, it says for each what it is.
 """
 
 import re
 import struct
+import sys
 
 MACHINES = {"x86_64": 62, "aarch64": 183}
 LOADERS = {"x86_64": "/lib64/ld-linux-x86-64.so.2", "aarch64": "/lib/ld-linux-aarch64.so.1"}
@@ -103,3 +105,19 @@ def _versions(data, single, place, text):
 
 def _version(text):
     return tuple(int(number) for number in text.split("."))
+
+
+def main(arch, glibc, names):
+    refused = False
+    for name in names:
+        with open(name, "rb") as file:
+            try:
+                print(f"{name}: {check(file.read(), arch, _version(glibc))}")
+            except Refused as reason:
+                refused = True
+                print(f"{name}: {reason}")
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3:]))

@@ -77,7 +77,7 @@ def write(target, files):
                 entry.create_system = 3  # Unix: its modes are in external_attr, on Windows too
                 entry.external_attr = (0o100000 | mode) << 16
                 entry.compress_type = zipfile.ZIP_DEFLATED
-                package.writestr(entry, data, compresslevel=6)
+                package.writestr(entry, data, compresslevel=5)  # 6: twice the time for 1 % less
         os.chmod(beside, 0o644)
         os.replace(beside, target)
     except BaseException:
