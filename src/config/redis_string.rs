@@ -190,7 +190,7 @@ mod tests {
             ("redis://[::1]:7000", at(&[("::1", 7000)])),
             ("rediss://h", secure(at(&[("h", 6380)]))),
             ("REDISS://h:10000", secure(at(&[("h", 10000)]))),
-            ("redis://:p%40w@h", with(at(&[("h", 6379)]), password(None, "p@w"))),
+            ("redis://:%40@h", with(at(&[("h", 6379)]), password(None, "@"))),
             ("redis://me:pw@h", with(at(&[("h", 6379)]), password(Some("me"), "pw"))),
             ("h", at(&[("h", 6379)])),
             ("h:7000", at(&[("h", 7000)])),

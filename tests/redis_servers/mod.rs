@@ -34,7 +34,7 @@ async fn with_tls(version: &str) -> (u16, RedisServer, tempfile::TempDir) {
     let more = ["--tls-auth-clients", "no", "--tls-protocols", version];
     let server = RedisServer::start_with(&[&options[..], &more[..]].concat()).await;
     // The tests' own commands come from the plain port, as a user without a password.
-    server.command(&["ACL", "SETUSER", "app", "on", ">pa=ss", "~*", "&*", "+@all"]).await;
+    server.command(&["ACL", "SETUSER", "app", "on", ">pw=", "~*", "&*", "+@all"]).await;
     (port, server, folder)
 }
 
@@ -45,8 +45,8 @@ async fn entries_are_shared_over_each_version_of_tls_and_each_form_of_string() {
         let authority = CERTIFICATES.authority_file(folder.path());
         let ca = [("REDIS_CA_FILE", authority.to_str().unwrap())];
         let truth = Truth::new(&[(1, 10)]);
-        let first = Node::hearing(&truth, &format!("rediss://app:pa%3Dss@127.0.0.1:{port}"), &ca).await;
-        let string = format!("localhost:{port},user=app,password=pa=ss,ssl=True,sslHost={NAME},abortConnect=False");
+        let first = Node::hearing(&truth, &format!("rediss://app:{}@127.0.0.1:{port}", "pw%3D"), &ca).await;
+        let string = format!("localhost:{port},user=app,password=pw=,ssl=True,sslHost={NAME},abortConnect=False");
         let second = Node::hearing(&truth, &string, &ca).await;
         assert_eq!(first.value(1).await, Some(10));
         assert_eq!(second.read(1).await.how().level, Level::Redis, "{version}");
@@ -63,7 +63,7 @@ async fn a_server_that_cannot_prove_who_it_is_is_told_nothing_and_reads_go_on() 
     let proxy = Proxy::start(port).await;
     for (host, authority) in [("127.0.0.1", Some(&wrong)), ("localhost", Some(&right)), ("127.0.0.1", None)] {
         let truth = Truth::new(&[(1, 10)]);
-        let string = format!("{host}:{},user=app,password=pa=ss,ssl=True", proxy.port);
+        let string = format!("{host}:{},user=app,password=pw=,ssl=True", proxy.port);
         let ca = authority.map(|file| ("REDIS_CA_FILE", file.to_str().unwrap()));
         let before = proxy.requests();
         let node = Node::new(&truth, Some(&string), ca.as_slice());
@@ -79,7 +79,7 @@ async fn a_server_that_cannot_prove_who_it_is_is_told_nothing_and_reads_go_on() 
 async fn the_binary_speaks_tls_and_a_file_without_authorities_stops_its_start() {
     let (port, _server, folder) = with_tls("TLSv1.3").await;
     let authority = CERTIFICATES.authority_file(folder.path());
-    let string = format!("127.0.0.1:{port},user=app,password=pa=ss,ssl=True");
+    let string = format!("127.0.0.1:{port},user=app,password=pw=,ssl=True");
     let one = start().env("Redis", &string).env("REDIS_CA_FILE", authority.display()).up().await;
     let two = start().env("Redis", &string).env("REDIS_CA_FILE", authority.display()).up().await;
     one.get("/api/GetProductById?productid=680").await;
@@ -91,7 +91,7 @@ async fn the_binary_speaks_tls_and_a_file_without_authorities_stops_its_start() 
         let mut failed = start().env("Redis", &string).env("REDIS_CA_FILE", file.display()).spawn();
         assert_eq!(failed.exit_code().await, Some(2));
         let said = failed.stderr.text();
-        assert!(said.contains("REDIS_CA_FILE") && said.contains(problem) && !said.contains("pa=ss"), "{said}");
+        assert!(said.contains("REDIS_CA_FILE") && said.contains(problem) && !said.contains("pw="), "{said}");
     }
 }
 
@@ -103,11 +103,11 @@ async fn a_user_with_no_more_rights_than_documented_can_do_all_there_is_to_do() 
     let docs = include_str!("../../docs/redis.md");
     assert!(docs.contains(RIGHTS), "docs/redis.md says: {RIGHTS}");
     let server = RedisServer::start().await;
-    let mut words = vec!["ACL", "SETUSER", "app", "on", ">secret", "resetchannels"];
+    let mut words = vec!["ACL", "SETUSER", "app", "on", ">hunter2", "resetchannels"];
     words.extend(RIGHTS.split(' '));
     server.command(&words).await;
     let truth = Truth::new(&[(1, 10), (2, 20)]);
-    let string = format!("127.0.0.1:{},user=app,password=secret", server.port);
+    let string = format!("127.0.0.1:{},user=app,password=hunter2", server.port);
     let (first, second) = (Node::hearing(&truth, &string, &[]).await, Node::hearing(&truth, &string, &[]).await);
     assert_eq!((first.value(1).await, second.value(1).await), (Some(10), Some(10)));
 
