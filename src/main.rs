@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use actix_web::{App as Actix, HttpServer, http::KeepAlive};
+use actix_web::{HttpServer, http::KeepAlive};
 use product_cache::{
     config::{Config, Role},
     doctor,
@@ -96,8 +96,8 @@ async fn run(config: Config) -> ExitCode {
             return WRONG_SETTINGS.into();
         }
     };
-    let routes = functions::routes(app.clone());
-    let server = HttpServer::new(move || Actix::new().configure(routes.clone()))
+    let shared = app.clone();
+    let server = HttpServer::new(move || functions::service(shared.clone()))
         .workers(http.workers)
         .keep_alive(KeepAlive::Timeout(KEEP_ALIVE))
         .client_request_timeout(KEEP_ALIVE) // .NET's pool may open a connection long before it uses it

@@ -247,6 +247,8 @@ async fn redis_away_for_longer_than_the_budget_fails_the_invocation_and_the_host
     assert_eq!(app.name(680).await, "during the outage", "this instance knows all the same");
     assert!(trigger.poll(&app.host).await.is_none(), "leased for a minute");
     proxy.set(Fault::None);
+    // The budget is shorter than the longest pause between two attempts to connect.
+    eventually("it is connected again", async || (redis.clients().await == 3).then_some(())).await;
     trigger.advance(Duration::from_secs(61));
     let second = trigger.poll(&app.host).await.expect("the same batch");
     assert!(second.outcome.succeeded() && second.attempts == [2], "{second:?}");

@@ -6,7 +6,8 @@
 use std::{fmt::Write, time::Duration};
 
 use actix_web::{
-    HttpRequest, HttpResponse,
+    HttpResponse,
+    dev::RequestHead,
     http::header::{self, HeaderMap, HeaderValue},
 };
 use bytes::{Bytes, BytesMut};
@@ -26,27 +27,37 @@ const PARAMETER: &str = "productid";
 const CACHE_STATUS: &str = "cache-status";
 const JSON: HeaderValue = HeaderValue::from_static("application/json; charset=utf-8");
 
-/// Answers GET and HEAD.
-pub(super) async fn handle(app: &App, request: &HttpRequest) -> Result<HttpResponse, Error> {
-    let asked = Asked::parse(request.query_string()).map_err(|detail| Error::BadRequest(detail.to_owned()))?;
-    let max_age = max_age(request.headers());
+/// The answer to GET and HEAD if it takes nothing but memory: one product that is there, or a mistake in the request.
+pub(super) fn at_once(app: &App, head: &RequestHead) -> Option<Result<HttpResponse, Error>> {
+    match Asked::parse(head.uri.query().unwrap_or_default()) {
+        Err(detail) => Some(Err(Error::BadRequest(detail.to_owned()))),
+        Ok(Asked::Many(_)) => None,
+        Ok(Asked::One(id)) => {
+            let answer = app.cache.get(&key(id), max_age(&head.headers), &app.load)?;
+            app.counts.count(&answer);
+            Some(one(app, head, id, &answer, "miss"))
+        }
+    }
+}
+
+/// Every other answer.
+pub(super) async fn later(app: &App, head: &RequestHead) -> Result<HttpResponse, Error> {
+    let asked = Asked::parse(head.uri.query().unwrap_or_default());
+    let asked = asked.map_err(|detail| Error::BadRequest(detail.to_owned()))?;
+    let max_age = max_age(&head.headers);
     match asked {
         Asked::One(id) => {
-            let key = key(id);
-            let forward = forward(app, &[key], max_age);
-            let answer = match app.cache.get(&key, max_age, &app.load) {
-                Some(answer) => answer,
-                None => load(app, &[key], max_age).await.remove(0)?,
-            };
+            let forward = forward(app, &[key(id)], max_age);
+            let answer = load(app, &[key(id)], max_age).await.remove(0)?;
             app.counts.count(&answer);
-            one(app, request, id, &answer, forward)
+            one(app, head, id, &answer, forward)
         }
         Asked::Many(ids) => {
             let keys: Vec<_> = ids.iter().copied().map(key).collect();
             let forward = forward(app, &keys, max_age);
             let answers = load(app, &keys, max_age).await.into_iter().collect::<Result<Vec<_>, _>>()?;
             answers.iter().for_each(|answer| app.counts.count(answer));
-            many(app, request, &answers, forward)
+            many(app, head, &answers, forward)
         }
     }
 }
@@ -75,19 +86,19 @@ async fn load(app: &App, keys: &[Key], max_age: Option<Duration>) -> Vec<Result<
     }
 }
 
-fn one(app: &App, request: &HttpRequest, id: ProductId, answer: &Answer, forward: &str) -> Result<HttpResponse, Error> {
+fn one(app: &App, head: &RequestHead, id: ProductId, answer: &Answer, forward: &str) -> Result<HttpResponse, Error> {
     let (ttl_s, age_s) = (answer.ttl_s(), answer.age().as_secs());
     let status = cache_status(app, answer, ttl_s, forward, "");
     let mut response = match answer.entry() {
         Entry::Absent => {
             let mut response =
-                Error::NotFound(format!("there is no product {}", id.number())).response(super::invocation(request));
+                Error::NotFound(format!("there is no product {}", id.number())).response(super::invocation(head));
             response.headers_mut().insert(header::AGE, HeaderValue::from(age_s));
             response.headers_mut().insert(header::HeaderName::from_static(CACHE_STATUS), status);
             return Ok(response);
         }
-        Entry::Found(body) if fails_if_match(request.headers(), &body.etag) => return Err(Error::PreconditionFailed),
-        Entry::Found(body) if matches_etag(request.headers(), &body.etag) => not_modified(&body.etag),
+        Entry::Found(body) if fails_if_match(&head.headers, &body.etag) => return Err(Error::PreconditionFailed),
+        Entry::Found(body) if matches_etag(&head.headers, &body.etag) => not_modified(&body.etag),
         Entry::Found(body) => ok(body.bytes.clone(), &body.etag),
     };
     let headers = response.headers_mut();
@@ -97,7 +108,7 @@ fn one(app: &App, request: &HttpRequest, id: ProductId, answer: &Answer, forward
     Ok(finish(app, response, status, age_s))
 }
 
-fn many(app: &App, request: &HttpRequest, answers: &[Answer], forward: &str) -> Result<HttpResponse, Error> {
+fn many(app: &App, head: &RequestHead, answers: &[Answer], forward: &str) -> Result<HttpResponse, Error> {
     let mut body = BytesMut::with_capacity(answers.iter().map(|answer| element(answer).len() + 1).sum::<usize>() + 1);
     let mut separator: &[u8] = b"[";
     for answer in answers {
@@ -117,8 +128,8 @@ fn many(app: &App, request: &HttpRequest, answers: &[Answer], forward: &str) -> 
         format!("memory {}, redis {}, database {}", count(Level::Memory), count(Level::Redis), count(Level::Database));
     let status = farthest
         .map_or(HeaderValue::from_static("L1; hit"), |answer| cache_status(app, answer, ttl_s, forward, &parts));
-    let response = match matches_etag(request.headers(), &etag) {
-        _ if fails_if_match(request.headers(), &etag) => return Err(Error::PreconditionFailed),
+    let response = match matches_etag(&head.headers, &etag) {
+        _ if fails_if_match(&head.headers, &etag) => return Err(Error::PreconditionFailed),
         true => not_modified(&etag),
         false => ok(body.freeze(), &etag),
     };
@@ -226,7 +237,7 @@ impl Asked {
     /// Reads `productid`, in whatever case; several ids are separated by commas, or the parameter is repeated (which a
     /// forwarding host turns into the former).
     fn parse(query: &str) -> Result<Self, &'static str> {
-        let mut ids = Vec::new();
+        let (mut only, mut ids) = (None, Vec::new()); // one id takes no list
         for (name, value) in url::form_urlencoded::parse(query.as_bytes()) {
             if !name.eq_ignore_ascii_case(PARAMETER) {
                 continue;
@@ -236,13 +247,18 @@ impl Asked {
                     return Err("at most 100 ids may be asked for at once");
                 }
                 let id = ProductId::parse(text);
-                ids.push(id.ok_or("productid must be a whole number from 1 to 2147483647, or several with commas")?);
+                let id = id.ok_or("productid must be a whole number from 1 to 2147483647, or several with commas")?;
+                match only {
+                    None => only = Some(id),
+                    Some(first) if ids.is_empty() => ids.extend([first, id]),
+                    Some(_) => ids.push(id),
+                }
             }
         }
-        match ids[..] {
-            [] => Err("the query has no productid"),
-            [id] => Ok(Self::One(id)),
-            _ => Ok(Self::Many(ids)),
+        match only {
+            None => Err("the query has no productid"),
+            Some(id) if ids.is_empty() => Ok(Self::One(id)),
+            Some(_) => Ok(Self::Many(ids)),
         }
     }
 }

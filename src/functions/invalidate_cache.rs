@@ -3,7 +3,10 @@
 //! Owns the order of things: read the batch, expire what can be read, and only then say so. Invariant (C4, C7): a 2xx
 //! means that Redis and the log have it; anything else makes the host deliver the batch again.
 
-use actix_web::{HttpRequest, HttpResponse, web};
+use actix_web::{
+    HttpResponse,
+    dev::{Payload, RequestHead},
+};
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 
@@ -20,9 +23,9 @@ const BINDING: &str = "changes";
 const SMALL_BODY: usize = 64 * 1024;
 
 /// Answers POST.
-pub(super) async fn handle(app: &App, request: &HttpRequest, payload: web::Payload) -> Result<HttpResponse, Error> {
+pub(super) async fn handle(app: &App, head: &RequestHead, payload: Payload) -> Result<HttpResponse, Error> {
     let (budget, limit) = (app.config.invalidate.budget, app.config.invalidate.max_body_bytes);
-    let body = tokio::time::timeout(budget, read_body(request, payload, limit)).await;
+    let body = tokio::time::timeout(budget, read_body(head, payload, limit)).await;
     let body = body.unwrap_or_else(|_| Err(Error::BadRequest("the body did not come in time".to_owned())))?;
     let changes = decode(app, body).await.inspect_err(|error| tracing::error!(%error, "InvalidateCache: refused"))?;
     let keys: Vec<_> = changes.keys.iter().map(|id| Key::new(product::KIND, *id)).collect();
@@ -49,13 +52,12 @@ async fn decode(app: &App, body: Bytes) -> Result<Changes, Error> {
     decoded.unwrap_or_else(|_| Err(Error::Broken("the decoder panicked".to_owned())))
 }
 
-async fn read_body(request: &HttpRequest, mut payload: web::Payload, limit: usize) -> Result<Bytes, Error> {
+async fn read_body(head: &RequestHead, mut payload: Payload, limit: usize) -> Result<Bytes, Error> {
     let too_large = || {
         tracing::error!(limit, "InvalidateCache: the body is larger than INVALIDATE_MAX_BODY_BYTES");
         Error::TooLarge(limit)
     };
-    let declared =
-        request.headers().get("content-length").and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+    let declared = head.headers.get("content-length").and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
     if declared.is_some_and(|length| length > limit) {
         return Err(too_large());
     }

@@ -10,16 +10,26 @@ mod invalidate_cache;
 mod invocation;
 
 use std::{
+    net::SocketAddr,
     panic::AssertUnwindSafe,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    thread,
     time::Instant,
 };
 
-use actix_web::{HttpRequest, HttpResponse, http::header::HeaderValue, web};
-use futures_util::{FutureExt, future::LocalBoxFuture};
+use actix_http::Request;
+use actix_web::{
+    HttpResponse,
+    dev::{Payload, RequestHead, ServiceFactory, fn_service},
+    http::header::HeaderValue,
+};
+use futures_util::{
+    FutureExt,
+    future::{Either, LocalBoxFuture, ready},
+};
 use serde_json::json;
 use tokio::runtime::Handle;
 
@@ -105,7 +115,10 @@ fn entry(product: product::Product) -> Entry {
     Entry::Found(Body::new(product.json, last_modified))
 }
 
-type Handler = for<'a> fn(&'a App, &'a HttpRequest, web::Payload) -> LocalBoxFuture<'a, Result<HttpResponse, Error>>;
+/// The answer, if it takes nothing but memory.
+type AtOnce = fn(&App, &RequestHead) -> Option<Result<HttpResponse, Error>>;
+/// Every other answer.
+type Later = for<'a> fn(&'a App, &'a RequestHead, Payload) -> LocalBoxFuture<'a, Result<HttpResponse, Error>>;
 
 /// What a path leads to.
 pub(crate) struct Route {
@@ -115,7 +128,8 @@ pub(crate) struct Route {
     pub(crate) trigger: Trigger,
     /// Allowed methods, as in an `Allow` header.
     pub(crate) methods: &'static str,
-    handler: Handler,
+    at_once: AtOnce,
+    later: Later,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -132,60 +146,80 @@ pub(crate) const ROUTES: &[Route] = &[
         function: "GetProductById",
         trigger: Trigger::Http,
         methods: "GET, HEAD",
-        handler: |app, request, _| get_product_by_id::handle(app, request).boxed_local(),
+        at_once: get_product_by_id::at_once,
+        later: |app, head, _| get_product_by_id::later(app, head).boxed_local(),
     },
     Route {
         function: "InvalidateCache",
         trigger: Trigger::Host,
         methods: "POST",
-        handler: |app, request, payload| invalidate_cache::handle(app, request, payload).boxed_local(),
+        at_once: |_, _| None,
+        later: |app, head, payload| invalidate_cache::handle(app, head, payload).boxed_local(),
     },
 ];
 
-/// Makes every request end in [`App`]'s functions.
-pub fn routes(app: Arc<App>) -> impl Fn(&mut web::ServiceConfig) + Clone {
-    move |service| {
-        service.app_data(web::Data::from(app.clone())).default_service(web::to(answer));
+/// What the server does with each request: what memory can answer is answered on the spot, without a future to box and a
+/// router to walk; the rest waits for Redis, the database or the request's body.
+pub fn service<C>(
+    app: Arc<App>,
+) -> impl ServiceFactory<Request, Config = C, Response = HttpResponse, Error = actix_web::Error, InitError = ()> {
+    fn_service(move |mut request: Request| match answer_at_once(&app, request.head(), request.peer_addr()) {
+        Ok(response) => Either::Left(ready(Ok(response))),
+        Err(route) => {
+            let app = app.clone();
+            Either::Right(async move {
+                let payload = request.take_payload();
+                let answer = AssertUnwindSafe((route.later)(&app, request.head(), payload)).catch_unwind().await;
+                Ok(respond(&app.counts, request.head(), answer))
+            })
+        }
+    })
+}
+
+/// The response, or the route that leads to it.
+fn answer_at_once(app: &App, head: &RequestHead, peer: Option<SocketAddr>) -> Result<HttpResponse, &'static Route> {
+    let answer = std::panic::catch_unwind(AssertUnwindSafe(|| {
+        let path = head.uri.path();
+        if path == "/" {
+            // The host's readiness probe and health ping: answers from memory alone.
+            return Ok(Ok(HttpResponse::Ok().json(app.status())));
+        }
+        match find(app, path, head, peer) {
+            Ok(route) => (route.at_once)(app, head).ok_or(route),
+            Err(error) => Ok(Err(error)),
+        }
+    }));
+    match answer {
+        Ok(Err(route)) => Err(route),
+        Ok(Ok(answer)) => Ok(respond(&app.counts, head, Ok(answer))),
+        Err(panic) => Ok(respond(&app.counts, head, Err(panic))),
     }
 }
 
-async fn answer(app: web::Data<App>, request: HttpRequest, payload: web::Payload) -> HttpResponse {
-    contain(&app.counts, &request, dispatch(&app, &request, payload)).await
-}
-
-/// Turns whatever a handler does into an answer.
-async fn contain(
-    counts: &Counts,
-    request: &HttpRequest,
-    handler: impl Future<Output = Result<HttpResponse, Error>>,
-) -> HttpResponse {
-    let outcome = AssertUnwindSafe(handler).catch_unwind().await;
+/// Turns whatever a handler did into a response.
+fn respond(counts: &Counts, head: &RequestHead, outcome: thread::Result<Result<HttpResponse, Error>>) -> HttpResponse {
     let outcome = outcome.unwrap_or_else(|_| Err(Error::Broken("a handler panicked".to_owned())));
     outcome.unwrap_or_else(|error| {
         if let Error::Broken(problem) = &error {
             counts.broken.fetch_add(1, Ordering::Relaxed);
-            tracing::error!(problem, invocation = invocation(request), "a bug");
+            tracing::error!(problem, invocation = invocation(head), "a bug");
         }
-        error.response(invocation(request))
+        error.response(invocation(head))
     })
 }
 
-async fn dispatch(app: &App, request: &HttpRequest, payload: web::Payload) -> Result<HttpResponse, Error> {
-    let path = request.uri().path();
-    if path == "/" {
-        // The host's readiness probe and health ping: answers from memory alone.
-        return Ok(HttpResponse::Ok().json(app.status()));
-    }
+/// The route of a request that may take it.
+fn find(app: &App, path: &str, head: &RequestHead, peer: Option<SocketAddr>) -> Result<&'static Route, Error> {
     let nothing_here = || Error::NotFound("there is no such function".to_owned());
     let prefix = &app.config.http.route_prefix;
     let route = ROUTES.iter().find(|route| route.matches(path, prefix)).ok_or_else(nothing_here)?;
-    if route.trigger == Trigger::Host && !is_from_host(request) {
+    if route.trigger == Trigger::Host && !is_from_host(head, peer) {
         return Err(nothing_here());
     }
-    if !route.methods.split(", ").any(|method| method == request.method().as_str()) {
+    if !route.methods.split(", ").any(|method| method == head.method.as_str()) {
         return Err(Error::MethodNotAllowed(route.methods));
     }
-    (route.handler)(app, request, payload).await
+    Ok(route)
 }
 
 impl Route {
@@ -208,10 +242,10 @@ impl Route {
 
 /// Whether the Functions host made this request of its own accord: from this machine, to this machine's address, and
 /// not on behalf of somebody else.
-fn is_from_host(request: &HttpRequest) -> bool {
-    let from_loopback = request.peer_addr().is_some_and(|peer| peer.ip().is_loopback());
-    let forwarded = request.headers().keys().any(|name| name.as_str().starts_with("x-forwarded-"));
-    let host = request.headers().get("host").and_then(|host| host.to_str().ok()).unwrap_or_default();
+fn is_from_host(head: &RequestHead, peer: Option<SocketAddr>) -> bool {
+    let from_loopback = peer.is_some_and(|peer| peer.ip().is_loopback());
+    let forwarded = head.headers.keys().any(|name| name.as_str().starts_with("x-forwarded-"));
+    let host = head.headers.get("host").and_then(|host| host.to_str().ok()).unwrap_or_default();
     let is_port = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
     let name = host.rsplit_once(':').filter(|(_, port)| is_port(port)).map_or(host, |(name, _)| name);
     let to_loopback = name.eq_ignore_ascii_case("localhost")
@@ -220,8 +254,8 @@ fn is_from_host(request: &HttpRequest) -> bool {
 }
 
 /// The host's id of this invocation, if it is one. Repeated or odd ones are cut, as they come from outside.
-fn invocation(request: &HttpRequest) -> Option<&str> {
-    let id = request.headers().get("x-azure-functions-invocationid")?.to_str().ok()?;
+fn invocation(head: &RequestHead) -> Option<&str> {
+    let id = head.headers.get("x-azure-functions-invocationid")?.to_str().ok()?;
     Some(id.get(..64).unwrap_or(id)).filter(|id| id.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' '))
 }
 
@@ -295,9 +329,8 @@ mod tests {
     #[tokio::test]
     async fn a_handler_that_panics_is_a_500_with_the_invocations_id_and_nothing_else() {
         let counts = Counts::default();
-        let request =
-            TestRequest::default().insert_header(("x-azure-functions-invocationid", "an-id")).to_http_request();
-        let response = contain(&counts, &request, async { panic!("secret") }).await;
+        let request = TestRequest::default().insert_header(("x-azure-functions-invocationid", "an-id")).to_request();
+        let response = respond(&counts, request.head(), std::panic::catch_unwind(|| panic!("secret")));
         assert_eq!(response.status(), 500);
         assert_eq!(response.headers().get("content-type").expect("a type"), "application/problem+json");
         let body = to_bytes(response.into_body()).await.expect("a body");
@@ -312,11 +345,12 @@ mod tests {
     fn only_this_machine_and_only_for_itself_may_call_what_is_the_hosts() {
         let from = |peer: &str, host: &str| {
             let request = TestRequest::default().peer_addr(peer.parse().expect("an address"));
-            is_from_host(&request.insert_header(("host", host)).to_http_request())
+            let request = request.insert_header(("host", host)).to_request();
+            is_from_host(request.head(), request.peer_addr())
         };
         assert!(from("127.0.0.1:5000", "127.0.0.1:7071") && from("[::1]:5000", "[::1]"));
         assert!(!from("192.0.2.1:5000", "127.0.0.1:7071"), "another machine");
         assert!(!from("127.0.0.1:5000", "shop.example"), "another name");
-        assert!(!is_from_host(&TestRequest::default().to_http_request()), "nobody knows who");
+        assert!(!is_from_host(TestRequest::default().to_request().head(), None), "nobody knows who");
     }
 }
