@@ -17,22 +17,53 @@ pub enum Entry {
     Absent,
 }
 
-/// The bytes that are sent, and what HTTP says about them.
+/// The bytes that are sent, and what HTTP says about them: one piece of memory, shared with every response.
+///
+/// Length of the date (1 byte), the date, ETag (34), the bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Body {
-    /// The response body.
-    pub bytes: Bytes,
-    /// Strong entity tag with its quotes: 128 bits of the body's SHA-256, so the same on every instance.
-    pub etag: Bytes,
-    /// `Last-Modified` as an HTTP date, if known.
-    pub last_modified: Option<Bytes>,
+    packed: Bytes,
 }
 
 impl Body {
-    /// Hashes the bytes into an ETag.
-    pub fn new(bytes: Bytes, last_modified: Option<Bytes>) -> Self {
-        let etag = etag([&bytes[..]]);
-        Self { bytes, etag, last_modified }
+    /// The bytes with their ETag, and their `Last-Modified` as an HTTP date, if known.
+    pub fn new(bytes: &[u8], last_modified: Option<&str>) -> Self {
+        let date = last_modified.unwrap_or_default();
+        let mut packed = Vec::with_capacity(1 + date.len() + ETAG + bytes.len()); // exactly, so that nothing is spare
+        packed.push(date.len() as u8); // an HTTP date has 29 characters
+        packed.extend_from_slice(date.as_bytes());
+        packed.extend_from_slice(&etag([bytes]));
+        packed.extend_from_slice(bytes);
+        Self { packed: packed.into() }
+    }
+
+    fn unpack(packed: Bytes) -> Option<Self> {
+        let date = usize::from(*packed.first()?);
+        (packed.len() > date + ETAG).then_some(Self { packed })
+    }
+
+    /// The response body.
+    pub fn bytes(&self) -> &[u8] {
+        &self.packed[self.date_end() + ETAG..]
+    }
+
+    /// Strong entity tag with its quotes: 128 bits of the body's SHA-256, so the same on every instance.
+    pub fn etag(&self) -> &[u8] {
+        &self.packed[self.date_end()..][..ETAG]
+    }
+
+    /// `Last-Modified` as an HTTP date, if known.
+    pub fn last_modified(&self) -> Option<&[u8]> {
+        Some(&self.packed[1..self.date_end()]).filter(|date| !date.is_empty())
+    }
+
+    /// A part of this, to be sent without a copy.
+    pub fn share(&self, part: &[u8]) -> Bytes {
+        self.packed.slice_ref(part)
+    }
+
+    fn date_end(&self) -> usize {
+        1 + usize::from(self.packed[0])
     }
 }
 
@@ -41,7 +72,7 @@ impl Entry {
     pub(super) fn len(&self) -> usize {
         match self {
             Self::Absent => 0,
-            Self::Found(body) => body.bytes.len() + ETAG + body.last_modified.as_ref().map_or(0, Bytes::len),
+            Self::Found(body) => body.packed.len(),
         }
     }
 }
@@ -67,23 +98,16 @@ const CHECKSUM: usize = 8;
 const ETAG: usize = 34;
 
 /// Envelope: version, found or absent, checksum (8 bytes of SHA-256 over the key and all that follows); if found, the
-/// length of the date (1), the date, ETag (34), body.
+/// body as it is in memory.
 pub(super) fn encode(key: &Key, entry: &Entry) -> Bytes {
-    let mut envelope = BytesMut::new();
-    match entry {
-        Entry::Absent => envelope.put_slice(&[VERSION, ABSENT, 0, 0, 0, 0, 0, 0, 0, 0]),
-        Entry::Found(body) => {
-            let date = body.last_modified.as_deref().unwrap_or_default();
-            envelope.reserve(2 + CHECKSUM + 1 + entry.len());
-            envelope.put_slice(&[VERSION, FOUND, 0, 0, 0, 0, 0, 0, 0, 0]);
-            envelope.put_u8(date.len() as u8); // an HTTP date has 29 characters
-            envelope.put_slice(date);
-            envelope.put_slice(&body.etag);
-            envelope.put_slice(&body.bytes);
-        }
-    }
-    let sum = checksum(key, envelope[1], &envelope[2 + CHECKSUM..]);
-    envelope[2..2 + CHECKSUM].copy_from_slice(&sum);
+    let (tag, packed) = match entry {
+        Entry::Absent => (ABSENT, &[][..]),
+        Entry::Found(body) => (FOUND, &body.packed[..]),
+    };
+    let mut envelope = BytesMut::with_capacity(2 + CHECKSUM + packed.len());
+    envelope.put_slice(&[VERSION, tag]);
+    envelope.put_slice(&checksum(key, tag, packed));
+    envelope.put_slice(packed);
     envelope.freeze()
 }
 
@@ -95,14 +119,7 @@ pub(super) fn decode(key: &Key, envelope: Bytes) -> Option<Entry> {
     }
     match head[1] {
         ABSENT => rest.is_empty().then_some(Entry::Absent),
-        FOUND => {
-            let (date_length, rest) = rest.split_first()?;
-            let (date, rest) = rest.split_at_checked(usize::from(*date_length))?;
-            let (etag, bytes) = rest.split_at_checked(ETAG)?;
-            let part = |part: &[u8]| envelope.slice_ref(part);
-            let last_modified = Some(part(date)).filter(|date| !date.is_empty());
-            Some(Entry::Found(Body { bytes: part(bytes), etag: part(etag), last_modified }))
-        }
+        FOUND => Body::unpack(envelope.slice(2 + CHECKSUM..)).map(Entry::Found),
         _ => None,
     }
 }
@@ -121,15 +138,12 @@ mod tests {
     const KEY: Key = Key::new("product", 680);
 
     fn found() -> Entry {
-        Entry::Found(Body::new(
-            Bytes::from_static(b"{\"productID\":680}"),
-            Some(Bytes::from_static(b"Tue, 11 Mar 2008 10:01:36 GMT")),
-        ))
+        Entry::Found(Body::new(b"{\"productID\":680}", Some("Tue, 11 Mar 2008 10:01:36 GMT")))
     }
 
     #[test]
     fn an_envelope_gives_back_what_went_in() {
-        let undated = Entry::Found(Body::new(Bytes::new(), None));
+        let undated = Entry::Found(Body::new(b"", None));
         for entry in [found(), undated, Entry::Absent] {
             assert_eq!(decode(&KEY, encode(&KEY, &entry)), Some(entry));
         }
@@ -138,7 +152,7 @@ mod tests {
     #[test]
     fn the_etag_is_of_the_body_alone_and_equal_everywhere() {
         let Entry::Found(body) = found() else { unreachable!() };
-        assert_eq!(body.etag, "\"9be5298e1ab87d78c17fd6d885b117b9\""); // sha256sum of the bytes
+        assert_eq!(body.etag(), b"\"9be5298e1ab87d78c17fd6d885b117b9\""); // sha256sum of the bytes
     }
 
     #[test]

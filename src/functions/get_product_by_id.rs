@@ -14,10 +14,7 @@ use bytes::{Bytes, BytesMut};
 
 use super::{App, error::Error};
 use crate::{
-    cache::{
-        Answer, Entry, Failure, Key, Level, Stale,
-        entry::{Body, etag},
-    },
+    cache::{Answer, Entry, Failure, Key, Level, Stale, entry::etag},
     product::{self, ProductId},
 };
 
@@ -97,13 +94,15 @@ fn one(app: &App, head: &RequestHead, id: ProductId, answer: &Answer, forward: &
             response.headers_mut().insert(header::HeaderName::from_static(CACHE_STATUS), status);
             return Ok(response);
         }
-        Entry::Found(body) if fails_if_match(&head.headers, &body.etag) => return Err(Error::PreconditionFailed),
-        Entry::Found(body) if matches_etag(&head.headers, &body.etag) => not_modified(&body.etag),
-        Entry::Found(body) => ok(body.bytes.clone(), &body.etag),
+        Entry::Found(body) if fails_if_match(&head.headers, body.etag()) => return Err(Error::PreconditionFailed),
+        Entry::Found(body) if matches_etag(&head.headers, body.etag()) => not_modified(body.share(body.etag())),
+        Entry::Found(body) => ok(body.share(body.bytes()), body.share(body.etag())),
     };
     let headers = response.headers_mut();
-    if let Entry::Found(Body { last_modified: Some(date), .. }) = answer.entry() {
-        headers.insert(header::LAST_MODIFIED, shared_value(date));
+    if let Entry::Found(body) = answer.entry()
+        && let Some(date) = body.last_modified()
+    {
+        headers.insert(header::LAST_MODIFIED, shared_value(body.share(date)));
     }
     Ok(finish(app, response, status, age_s))
 }
@@ -130,20 +129,20 @@ fn many(app: &App, head: &RequestHead, answers: &[Answer], forward: &str) -> Res
         .map_or(HeaderValue::from_static("L1; hit"), |answer| cache_status(app, answer, ttl_s, forward, &parts));
     let response = match matches_etag(&head.headers, &etag) {
         _ if fails_if_match(&head.headers, &etag) => return Err(Error::PreconditionFailed),
-        true => not_modified(&etag),
-        false => ok(body.freeze(), &etag),
+        true => not_modified(etag),
+        false => ok(body.freeze(), etag),
     };
     Ok(finish(app, response, status, age_s))
 }
 
-fn ok(body: Bytes, etag: &Bytes) -> HttpResponse {
+fn ok(body: Bytes, etag: Bytes) -> HttpResponse {
     HttpResponse::Ok()
         .insert_header((header::CONTENT_TYPE, JSON))
         .insert_header((header::ETAG, shared_value(etag)))
         .body(body)
 }
 
-fn not_modified(etag: &Bytes) -> HttpResponse {
+fn not_modified(etag: Bytes) -> HttpResponse {
     HttpResponse::NotModified().insert_header((header::ETAG, shared_value(etag))).finish()
 }
 
@@ -156,8 +155,8 @@ fn finish(app: &App, mut response: HttpResponse, cache_status: HeaderValue, age_
 }
 
 /// Our own text, made of visible ASCII.
-fn shared_value(text: &Bytes) -> HeaderValue {
-    HeaderValue::from_maybe_shared(text.clone()).unwrap_or_else(|_| HeaderValue::from_static(""))
+fn shared_value(text: Bytes) -> HeaderValue {
+    HeaderValue::from_maybe_shared(text).unwrap_or_else(|_| HeaderValue::from_static(""))
 }
 
 /// `Cache-Status` (RFC 9211): caches from the database's side to the client's, `L2` being Redis and `L1` memory.
@@ -266,7 +265,7 @@ impl Asked {
 /// What stands for an entry in an array.
 fn element(answer: &Answer) -> &[u8] {
     match answer.entry() {
-        Entry::Found(body) => &body.bytes,
+        Entry::Found(body) => body.bytes(),
         Entry::Absent => b"null",
     }
 }

@@ -111,8 +111,8 @@ fn load_products(database: Arc<Database>, counts: Arc<Counts>) -> Load {
 fn entry(product: product::Product) -> Entry {
     // A date to come would be refused as a validator (RFC 9110, section 8.8.2.1).
     let modified = product.modified.filter(|modified| *modified <= chrono::Utc::now().naive_utc());
-    let last_modified = modified.map(|modified| modified.format("%a, %d %b %Y %H:%M:%S GMT").to_string().into());
-    Entry::Found(Body::new(product.json, last_modified))
+    let last_modified = modified.map(|modified| modified.format("%a, %d %b %Y %H:%M:%S GMT").to_string());
+    Entry::Found(Body::new(&product.json, last_modified.as_deref()))
 }
 
 /// The answer, if it takes nothing but memory.

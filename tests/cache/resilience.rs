@@ -82,7 +82,7 @@ async fn memory_stays_within_its_bytes_and_large_bodies_stay_out() {
     let load: Load = Arc::new(|keys: Vec<Key>| {
         Box::pin(async move {
             let body = |key: &Key| vec![b'x'; if key.id() == 0 { 65_600 } else { (key.id() % 40) as usize * 1000 }];
-            Ok(keys.iter().map(|key| (*key, Ok(Entry::Found(Body::new(body(key).into(), None))))).collect())
+            Ok(keys.iter().map(|key| (*key, Ok(Entry::Found(Body::new(body(key).as_ref(), None))))).collect())
         })
     });
     let large = node.cache.get_or_load(&[key(0)], None, &load).await.remove(0).unwrap();

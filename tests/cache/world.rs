@@ -107,7 +107,7 @@ impl Truth {
 }
 
 pub fn entry(value: u64) -> Entry {
-    Entry::Found(Body::new(value.to_string().into(), None))
+    Entry::Found(Body::new(value.to_string().as_bytes(), None))
 }
 
 /// One instance's cache.
@@ -167,7 +167,7 @@ impl Node {
 
 pub fn value(answer: &Answer) -> Option<u64> {
     match answer.entry() {
-        Entry::Found(body) => Some(std::str::from_utf8(&body.bytes).unwrap().parse().unwrap()),
+        Entry::Found(body) => Some(std::str::from_utf8(body.bytes()).unwrap().parse().unwrap()),
         Entry::Absent => None,
     }
 }

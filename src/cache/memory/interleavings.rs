@@ -35,14 +35,14 @@ fn key(id: usize) -> Key {
 fn entry(version: u64) -> Entry {
     match version {
         0 => Entry::Absent,
-        _ => Entry::Found(Body::new(Buffer::from(version.to_string()), None)),
+        _ => Entry::Found(Body::new(version.to_string().as_bytes(), None)),
     }
 }
 
 fn version(answer: &Answer) -> u64 {
     match answer.entry() {
         Entry::Absent => 0,
-        Entry::Found(body) => std::str::from_utf8(&body.bytes).expect("text").parse().expect("a version"),
+        Entry::Found(body) => std::str::from_utf8(body.bytes()).expect("text").parse().expect("a version"),
     }
 }
 
