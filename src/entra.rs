@@ -75,6 +75,7 @@ pub(crate) fn object_id(token: &Secret) -> Option<String> {
 #[derive(Clone)]
 struct Token {
     text: Secret,
+    given_at: Instant,
     renew_at: Instant,
     ends_at: Instant,
 }
@@ -82,7 +83,7 @@ struct Token {
 impl Token {
     fn new(text: Secret, life: Duration) -> Self {
         let now = Instant::now();
-        Self { text, renew_at: now + life - early(life), ends_at: now + life }
+        Self { text, given_at: now, renew_at: now + life - early(life), ends_at: now + life }
     }
 }
 
@@ -116,11 +117,22 @@ impl TokenSource {
             match self.shared.valid() {
                 Some(token) if token.text != *old => return token.text,
                 Some(token) if token.renew_at > now => sleep_until(token.renew_at).await,
-                _ => {
+                token => {
                     self.renew();
-                    sleep(LOOK).await;
+                    sleep(if token.is_some() { LOOK } else { RETRY }).await;
                 }
             }
+        }
+    }
+
+    /// The resource did not take this token, though it has not ended by this machine's clock: it is renewed, but not
+    /// again and again.
+    pub(crate) fn refused(&self, text: &Secret) {
+        if let Some(token) = &mut self.shared.kept().token
+            && token.text == *text
+            && token.given_at.elapsed() >= RETRY
+        {
+            token.renew_at = Instant::now();
         }
     }
 
@@ -287,4 +299,32 @@ fn reason(body: &[u8]) -> String {
         .find_map(|place| json.pointer(place)?.as_str());
     let said = said.unwrap_or("it does not say why");
     said.chars().map(|c| if c.is_control() { ' ' } else { c }).take(LONGEST_REASON).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_token_that_is_refused_is_renewed_but_not_again_and_again() {
+        let source = TokenSource::new(None, "r", None);
+        let (text, life) = (Secret::from("t"), Duration::from_secs(3600));
+        let due = || source.shared.kept().token.as_ref().is_some_and(|token| token.renew_at <= Instant::now());
+        source.shared.kept().token = Some(Token::new(text.clone(), life));
+        source.refused(&text);
+        assert!(!due(), "it was given just now");
+        source.refused(&Secret::from("another"));
+        let long_ago = Instant::now().checked_sub(RETRY).expect("the machine runs for longer");
+        source.shared.kept().token = Some(Token { given_at: long_ago, ..Token::new(text.clone(), life) });
+        assert!(!due());
+        source.refused(&text);
+        assert!(due());
+    }
+
+    #[test]
+    fn the_object_id_is_read_from_the_token() {
+        let token = |claims: &str| Secret::from(&*format!("h.{}.s", URL_SAFE_NO_PAD.encode(claims)));
+        assert_eq!(object_id(&token(r#"{"oid":"6f1c","aud":"r"}"#)).as_deref(), Some("6f1c"));
+        assert!(object_id(&token("{}")).is_none() && object_id(&Secret::from("opaque")).is_none());
+    }
 }

@@ -151,7 +151,7 @@ async fn a_redis_that_lacks_something_is_told_what() {
 
     redis.command(&["ACL", "SETUSER", "app", "on", ">hunter2", "~*", "+@all", "-evalsha", "-xadd", "-info"]).await;
     let report = doctor(folder.path(), &at(format!("{string},user=app,password=hunter2"))).await;
-    assert_said(&report, "FAIL redis: 2 of 12 commands failed");
+    assert_said(&report, "FAIL redis: 2 of 13 commands failed");
     assert_said(&report, "warn redis: INFO is not allowed");
     assert!(!report.0.contains("hunter2"), "{}", report.0);
     assert_said(

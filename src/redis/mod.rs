@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+mod detour;
 mod examine;
 mod nodes;
 
@@ -23,11 +24,15 @@ use deadpool::{
 use redis::{Cmd, ErrorKind, Pipeline, RedisError, RedisResult, ServerErrorKind, Value, aio::MultiplexedConnection};
 use tokio::{
     runtime::Handle,
-    sync::{Mutex, Notify, watch},
+    sync::{Notify, watch},
+    time::Instant,
 };
 
 pub(crate) use self::examine::examine;
-use self::nodes::{Found, Nodes};
+use self::{
+    detour::Detour,
+    nodes::{Found, Nodes},
+};
 use crate::{
     background::{Task, keep_running},
     config::{self, Secret},
@@ -39,6 +44,9 @@ const TIMEOUTS_UNTIL_DEAD: u32 = 3;
 /// Pauses between two attempts to connect: short first, because restarts are quick; bounded, because hundreds of
 /// instances must not hammer a server that is coming back.
 const RECONNECT_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+/// Pause between two questions to the sentinels: an instance may be misled by a replaced primary for that much longer
+/// than it may trust its memory.
+const SENTINEL_PAUSE: Duration = Duration::from_secs(5);
 /// Bound of logging in anew on a live connection: the log's may hold a blocking read for a second.
 const LOGIN: Duration = Duration::from_secs(5);
 
@@ -108,14 +116,22 @@ impl Redis {
             .map_err(|error| error.to_string())?;
 
         let mut keepers = Vec::new();
-        let mut open_line = || {
+        let mut open_line = |detour: &Arc<Detour>| {
             let line = Arc::new(Line::default());
-            let (kept, pool) = (line.clone(), pool.clone());
-            keepers.push(keep_running(background, "redis connection", move || keep(kept.clone(), pool.clone())));
+            let (kept, pool, detour) = (line.clone(), pool.clone(), detour.clone());
+            keepers.push(keep_running(background, "redis connection", move || {
+                keep(kept.clone(), pool.clone(), detour.clone())
+            }));
             line
         };
-        let shared: Vec<_> = (0..config.pool_size).map(|_| open_line()).collect();
-        let log = if config.frugal_poll.is_some() { shared[0].clone() } else { open_line() };
+        // The log's own, since it may hold a blocking read.
+        let [detour, log_detour] = [(); 2].map(|()| Detour::new(config.response_timeout));
+        let shared: Vec<_> = (0..config.pool_size).map(|_| open_line(&detour)).collect();
+        let log = if config.frugal_poll.is_some() { shared[0].clone() } else { open_line(&log_detour) };
+        if config.server.sentinel_service.is_some() {
+            let pool = pool.clone();
+            keepers.push(keep_running(background, "redis sentinels", move || ask_sentinels(pool.clone())));
+        }
         let response_timeout = config.response_timeout;
         Ok(Self {
             inner: Arc::new(Inner { shared, log, next: AtomicUsize::new(0), response_timeout, _keepers: keepers }),
@@ -229,8 +245,8 @@ struct Live {
     pool: Pool<Nodes>,
     /// The host it leads to.
     host: String,
-    /// Where the node sends those who ask for what is on its way to another node: where that is, and a connection there.
-    detour: Mutex<Option<(String, MultiplexedConnection)>>,
+    /// Where the node sends those who ask for what is on its way to another node.
+    detour: Arc<Detour>,
     timeouts: AtomicU32,
     is_broken: AtomicBool,
     broken: Notify,
@@ -260,12 +276,12 @@ impl Line {
 }
 
 impl Live {
-    fn new(found: &Found, pool: Pool<Nodes>) -> Arc<Self> {
+    fn new(found: &Found, pool: Pool<Nodes>, detour: Arc<Detour>) -> Arc<Self> {
         Arc::new(Self {
             connection: found.connection.clone(),
             pool,
             host: found.host.clone(),
-            detour: Mutex::new(None),
+            detour,
             timeouts: AtomicU32::new(0),
             is_broken: AtomicBool::new(false),
             broken: Notify::new(),
@@ -321,8 +337,9 @@ impl Live {
     ) -> Vec<usize> {
         let is_asked = |reply: &RedisResult<Value>| reply.as_ref().is_err_and(|error| error.code() == Some("ASK"));
         let asked: Vec<_> = (0..replies.len()).filter(|index| is_asked(&replies[*index])).collect();
-        let Some(Err(error)) = asked.first().map(|index| &replies[*index]) else { return asked };
-        let Some(mut connection) = self.detour(error).await else { return Vec::new() };
+        let place = asked.first().and_then(|index| replies[*index].as_ref().err()?.redirect_node());
+        let Some((place, _)) = place.map(|(place, slot)| (place.to_owned(), slot)) else { return Vec::new() };
+        let Some(mut connection) = self.detour.to(&place, &self.host, &self.pool).await else { return Vec::new() };
         if let Some(patience) = patience {
             connection.set_response_timeout(patience);
         }
@@ -338,29 +355,19 @@ impl Live {
             Ok(answers) => {
                 let answers = answers.into_iter().skip(usize::from(script.is_some()) + 1).step_by(2);
                 for (index, answer) in asked.iter().zip(answers) {
+                    if answer.as_ref().is_err_and(is_wrong_server) {
+                        self.detour.give_up();
+                    }
                     replies[*index] = answer;
                 }
                 asked
             }
             Err(error) => {
                 tracing::debug!(%error, "redis: the node that a slot moves to does not answer");
-                *self.detour.lock().await = None;
+                self.detour.give_up();
                 Vec::new()
             }
         }
-    }
-
-    async fn detour(&self, error: &RedisError) -> Option<MultiplexedConnection> {
-        let (place, _) = error.redirect_node()?;
-        // Held while connecting, so that one does and the others wait for it; connecting is bounded.
-        let mut detour = self.detour.lock().await;
-        if detour.as_ref().is_none_or(|(there, _)| there != place) {
-            match self.pool.manager().redirected(place, &self.host).await {
-                Ok(connection) => *detour = Some((place.to_owned(), connection)),
-                Err(error) => tracing::debug!(%error, "redis: the node that a slot moves to cannot be reached"),
-            }
-        }
-        detour.as_ref().filter(|(there, _)| there == place).map(|(_, connection)| connection.clone())
     }
 
     /// Logs in anew whenever the identity has another token, before the one that the connection lives by ends.
@@ -392,11 +399,27 @@ impl Live {
 /// Whether an answer shows a server that cannot serve us now: demoted to a replica, loading its data, no longer the
 /// owner of our slot, in a cluster that has lost too much, or one that has forgotten who we are.
 fn is_wrong_server(error: &RedisError) -> bool {
-    matches!(error.code(), Some("READONLY" | "MASTERDOWN" | "LOADING" | "MOVED" | "CLUSTERDOWN" | "NOAUTH"))
+    match error.code() {
+        Some("READONLY" | "MASTERDOWN" | "LOADING" | "MOVED" | "CLUSTERDOWN" | "NOAUTH") => true,
+        // Before Redis 7 a script's own error is wrapped in another.
+        Some("ERR") => error.detail().is_some_and(|detail| detail.contains("-READONLY")),
+        _ => false,
+    }
+}
+
+/// Asks sentinels again and again which server is the primary. One that was cut off from them goes on answering, and its
+/// clients would never know.
+async fn ask_sentinels(pool: Pool<Nodes>) {
+    loop {
+        tokio::time::sleep(SENTINEL_PAUSE.mul_f64(rand::random_range(0.8..1.2))).await;
+        if let Err(error) = pool.manager().look_for_owner().await {
+            tracing::debug!(%error, "redis: a sentinel does not answer");
+        }
+    }
 }
 
 /// Keeps one line connected for ever: check out, publish, wait until broken, discard, pause, again.
-async fn keep(line: Arc<Line>, pool: Pool<Nodes>) {
+async fn keep(line: Arc<Line>, pool: Pool<Nodes>, detour: Arc<Detour>) {
     let (shortest, longest) = RECONNECT_PAUSE;
     let mut pause = shortest;
     loop {
@@ -408,15 +431,19 @@ async fn keep(line: Arc<Line>, pool: Pool<Nodes>) {
         match pool.get().await {
             Ok(found) => {
                 tracing::debug!(node = found.id, "redis: connected");
-                let live = Live::new(&found, pool.clone());
+                let (live, since) = (Live::new(&found, pool.clone(), detour.clone()), Instant::now());
                 line.publish(Some(live.clone()));
-                pause = shortest;
                 tokio::select! {
                     () = live.broken.notified() => {}
                     () = pool.manager().left(&found.id) => {}
+                    () = pool.manager().stay_acquainted(&found) => {}
                     () = live.stay_logged_in(found.token.clone()) => {}
                 }
                 line.publish(None);
+                // One that greets and then refuses is no better than one that does not greet.
+                if since.elapsed() > longest {
+                    pause = shortest;
+                }
                 // Whoever has sent something still gets the answer.
                 drop(Object::take(found));
                 tracing::warn!("redis: connection lost, connecting anew");

@@ -10,8 +10,9 @@ use std::{
     net::SocketAddr,
     sync::{
         Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use deadpool::managed::{Manager, Metrics, RecycleError, RecycleResult};
@@ -21,7 +22,7 @@ use redis::{
     aio::MultiplexedConnection,
     io::{AsyncDNSResolver, tcp::TcpSettings},
 };
-use tokio::{net::lookup_host, sync::watch};
+use tokio::{net::lookup_host, sync::watch, time::sleep};
 
 use crate::{
     config::{self, Node, RedisLogin, RedisServer, Secret},
@@ -32,6 +33,8 @@ use crate::{
 const RESOURCE: &str = "https://redis.azure.com";
 /// `MOVED` is followed once, and once more if the cluster changes meanwhile.
 const MOST_REDIRECTS: usize = 3;
+/// Pause between two looks at a cluster's nodes.
+const ACQUAINTANCE: Duration = Duration::from_secs(60);
 /// Nodes of a cluster that are remembered, in case those that were named are gone. More than Redis recommends to have.
 const MOST_NODES: usize = 1000;
 
@@ -52,15 +55,13 @@ pub(super) struct Nodes {
     authorities: Option<Vec<u8>>,
     tcp: TcpSettings,
     settings: AsyncConnectionConfig,
-    /// A key of the slot that all our keys are in.
+    /// A key of the slot that all our keys are in, which nobody writes.
     witness: String,
     pub(super) tokens: Option<TokenSource>,
     /// Whom to ask: those that were named, then those that a cluster named since.
     known: Mutex<Vec<Node>>,
     /// Whose turn it is; the next one's after a failure.
     turn: AtomicUsize,
-    /// The keys' place has changed, or can: somebody was redirected.
-    moves: AtomicBool,
     owner: watch::Sender<String>,
 }
 
@@ -88,11 +89,10 @@ impl Nodes {
             settings: AsyncConnectionConfig::new()
                 .set_connection_timeout(Some(config.connect_timeout))
                 .set_response_timeout(Some(config.response_timeout)),
-            witness: config.key("log"),
+            witness: config.key("probe"),
             tokens,
             known: Mutex::new(config.server.nodes.clone()),
             turn: AtomicUsize::new(0),
-            moves: AtomicBool::new(config.server.sentinel_service.is_some()),
             owner: watch::Sender::default(),
         };
         for node in &config.server.nodes {
@@ -106,7 +106,7 @@ impl Nodes {
     /// A node that was cut off from its cluster goes on answering for a while. Which connection finds out first is
     /// chance, and entries must not be read from one node while the log is heard from another.
     pub(super) async fn left(&self, id: &str) {
-        let elsewhere = |owner: &String| !owner.is_empty() && owner != id && self.moves.load(Ordering::Acquire);
+        let elsewhere = |owner: &String| !owner.is_empty() && owner != id;
         let _ = self.owner.subscribe().wait_for(elsewhere).await;
     }
 
@@ -123,6 +123,33 @@ impl Nodes {
         Ok(self.open(&node(place, from)?).await?.0)
     }
 
+    /// Asks the next sentinel, and makes known which server it names.
+    pub(super) async fn look_for_owner(&self) -> RedisResult<()> {
+        let Some(service) = &self.server.sentinel_service else { return Ok(()) };
+        let turn = Turn::take(self);
+        let named = self.primary(&turn.node, service).await?;
+        turn.keep();
+        self.owned_by(named.to_string());
+        Ok(())
+    }
+
+    /// Learns of the cluster's nodes from time to time, as long as a connection lives; does not end.
+    pub(super) async fn stay_acquainted(&self, found: &Found) {
+        let mut connection = found.connection.clone();
+        let mut question = redis::cmd("CLUSTER");
+        question.arg("SLOTS");
+        loop {
+            sleep(ACQUAINTANCE.mul_f64(rand::random_range(0.8..1.2))).await;
+            if let Ok(slots) = question.query_async(&mut connection).await {
+                self.learn(&found.host, slots);
+            }
+        }
+    }
+
+    fn owned_by(&self, id: String) {
+        self.owner.send_if_modified(|owner| std::mem::replace(owner, id.clone()) != id);
+    }
+
     async fn follow(&self, start: Node) -> RedisResult<Found> {
         let mut node = match &self.server.sentinel_service {
             Some(service) => self.primary(&start, service).await?,
@@ -132,10 +159,7 @@ impl Nodes {
             let (mut connection, token) = self.open(&node).await?;
             match self.look(&node, &mut connection).await? {
                 Look::Here(id) => return Ok(Found { connection, token, host: node.host, id }),
-                Look::At(next) => {
-                    self.moves.store(true, Ordering::Release);
-                    node = next;
-                }
+                Look::At(next) => node = next,
             }
         }
         Err(failed("it redirects in circles"))
@@ -163,8 +187,13 @@ impl Nodes {
         }
         let info = self.address(node)?.set_tcp_settings(self.tcp.clone()).set_redis_settings(login);
         let settings = self.settings.clone().set_dns_resolver(At(node.clone()));
-        let connection = deadpool_redis::Manager::new_with_config(info, settings)?.create().await?;
-        Ok((connection, token))
+        let connection = deadpool_redis::Manager::new_with_config(info, settings)?.create().await;
+        if let (Some(tokens), Some(token), Err(error)) = (&self.tokens, &token, &connection)
+            && error.kind() == ErrorKind::AuthenticationFailed
+        {
+            tokens.refused(token);
+        }
+        Ok((connection?, token))
     }
 
     fn address(&self, node: &Node) -> RedisResult<ConnectionInfo> {
@@ -195,35 +224,29 @@ impl Nodes {
     }
 
     /// Is it the right node? A stalled one accepts connections too, and one that was demoted answers everything but
-    /// writes.
+    /// writes, so it is asked to delete what is not there.
     async fn look(&self, node: &Node, connection: &mut MultiplexedConnection) -> RedisResult<Look> {
         let mut questions = redis::pipe();
-        questions.ignore_errors().cmd("EXISTS").arg(&self.witness).cmd("ROLE");
+        questions.ignore_errors().cmd("UNLINK").arg(&self.witness);
         questions.cmd("CLUSTER").arg("MYID").cmd("CLUSTER").arg("SLOTS");
-        let answers: [RedisResult<Value>; 4] = questions
+        let answers: [RedisResult<Value>; 3] = questions
             .query_async::<Vec<RedisResult<Value>>>(connection)
             .await?
             .try_into()
             .map_err(|_| failed("it answers something else than was asked"))?;
-        let [exists, role, id, slots] = answers;
-        if let Ok(slots) = slots {
-            self.learn(&node.host, slots);
-        }
-        match exists {
+        let [deleted, id, slots] = answers;
+        let is_cluster = slots.is_ok_and(|slots| self.learn(&node.host, slots));
+        match deleted {
             Err(error) if error.code() == Some("MOVED") => {
                 let (place, _) = error.redirect_node().ok_or_else(|| failed("it redirects to nowhere"))?;
                 return Ok(Look::At(self::node(place, &node.host)?));
             }
+            Err(error) if error.code() == Some("READONLY") => return Err(failed("it is a replica")),
             // The slot is on its way to another node, and still this one's. What is forbidden shows where it is used.
             Err(error) if !matches!(error.code(), Some("ASK" | "NOPERM")) => return Err(error),
             _ => {}
         }
-        if let Ok(Value::Array(role)) = role
-            && role.first() == Some(&Value::BulkString(b"slave".to_vec()))
-        {
-            return Err(failed("it is a replica"));
-        }
-        let id = id.ok().and_then(|id| redis::from_redis_value::<String>(id).ok());
+        let id = id.ok().filter(|_| is_cluster).and_then(|id| redis::from_redis_value::<String>(id).ok());
         Ok(Look::Here(id.unwrap_or_else(|| node.to_string())))
     }
 
@@ -240,11 +263,12 @@ impl Nodes {
         }
     }
 
-    /// Takes note of a cluster's nodes: `[first, last, [host, port, …]…]…`.
-    fn learn(&self, from: &str, slots: Value) {
+    /// Takes note of a cluster's nodes, `[first, last, [host, port, …]…]…`; `false` if it is none.
+    fn learn(&self, from: &str, slots: Value) -> bool {
         let mut known = self.server.nodes.clone();
         let mut seen: HashSet<_> = known.iter().cloned().collect();
-        let Value::Array(ranges) = slots else { return };
+        let Value::Array(ranges) = slots else { return false };
+        let is_cluster = !ranges.is_empty();
         let described = ranges.into_iter().filter_map(|range| match range {
             Value::Array(parts) => Some(parts.into_iter().skip(2)),
             _ => None,
@@ -261,6 +285,38 @@ impl Nodes {
             }
         }
         *self.known.lock().unwrap_or_else(PoisonError::into_inner) = known;
+        is_cluster
+    }
+}
+
+/// Somebody's attempt by way of one node. Unless it is kept, the next attempt is by way of the next node: whether it
+/// failed or was cancelled for being late. Who succeeds leaves it to the others, so that all come to the same node.
+struct Turn<'a> {
+    nodes: &'a Nodes,
+    number: usize,
+    node: Node,
+    succeeded: bool,
+}
+
+impl<'a> Turn<'a> {
+    fn take(nodes: &'a Nodes) -> Self {
+        let number = nodes.turn.load(Ordering::Acquire);
+        let known = nodes.known.lock().unwrap_or_else(PoisonError::into_inner);
+        Self { nodes, number, node: known[number % known.len()].clone(), succeeded: false }
+    }
+
+    fn keep(mut self) {
+        self.succeeded = true;
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        if !self.succeeded {
+            // Once for all who fail together.
+            let (from, to) = (self.number, self.number.wrapping_add(1));
+            let _ = self.nodes.turn.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
+        }
     }
 }
 
@@ -269,15 +325,10 @@ impl Manager for Nodes {
     type Error = RedisError;
 
     async fn create(&self) -> RedisResult<Found> {
-        // Counted before, so that an attempt that is cancelled for being late has had its turn.
-        let turn = self.turn.fetch_add(1, Ordering::AcqRel);
-        let start = {
-            let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-            known[turn % known.len()].clone()
-        };
-        let found = self.follow(start).await?;
-        self.turn.store(turn, Ordering::Release);
-        self.owner.send_if_modified(|owner| std::mem::replace(owner, found.id.clone()) != found.id);
+        let turn = Turn::take(self);
+        let found = self.follow(turn.node.clone()).await?;
+        turn.keep();
+        self.owned_by(found.id.clone());
         Ok(found)
     }
 

@@ -12,12 +12,12 @@ use std::{
 use product_cache::cache::Level;
 use tokio::{
     task::JoinHandle,
-    time::{Duration, Instant, sleep},
+    time::{Duration, Instant, sleep, timeout},
 };
 
 use crate::{
     cache::world::{BUDGET, Node, Truth, key},
-    support::{eventually, redis_cluster::RedisCluster},
+    support::{PATIENCE, eventually, redis_cluster::RedisCluster},
 };
 
 const UNHEARD_S: u64 = 3;
@@ -201,6 +201,25 @@ async fn a_notice_follows_its_expiry_while_they_are_on_different_nodes() {
     }
 }
 
+#[tokio::test]
+async fn a_node_that_a_slot_moves_to_and_that_hangs_costs_no_read() {
+    let cluster = RedisCluster::start().await;
+    let slot = cluster.slot().await.to_string();
+    let from = cluster.owner_by(0).await.expect("an owner");
+    let (source, target) = (&cluster.nodes[from], &cluster.nodes[(from + 1) % 3]);
+    let truth = Truth::new(&(0..100).map(|id| (id, 1)).collect::<Vec<_>>());
+    // Longer than a read may wait: whoever waits for a connection, and then the next, would never come to an end.
+    let settings = [("REDIS_CONNECT_TIMEOUT_MS", "3000"), ("CACHE_LEASE_WAIT_MS", "500")];
+    let node = Node::hearing(&truth, &cluster.string(&[from]), &settings).await;
+    target.command(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &source.id().await]).await;
+    source.command(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &target.id().await]).await;
+    target.signal("STOP");
+    let reads = futures_util::future::join_all((0..100).map(|id| node.try_read(id)));
+    let answers = timeout(PATIENCE, reads).await.expect("they end");
+    target.signal("CONT");
+    assert!(answers.iter().all(Result::is_ok), "{answers:?}");
+}
+
 fn truth() -> Truth {
     Truth::new(&(0..KEYS).map(|id| (id, 1)).collect::<Vec<_>>())
 }
@@ -273,6 +292,8 @@ async fn a_slot_that_moves_to_another_node_is_followed_key_by_key() {
     }
     // Everything is at the one and still the other's: every command takes the detour, the log too.
     load.until_redis_is_used_again().await;
+    let there = target.clients().await;
+    assert!(there <= 2 * 2 + 2, "two detours for each instance, a replica, and what MIGRATE left: {there}");
     for node in [target, source] {
         node.command(&["CLUSTER", "SETSLOT", &slot, "NODE", &target.id().await]).await;
     }

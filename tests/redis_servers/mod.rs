@@ -96,7 +96,7 @@ async fn the_binary_speaks_tls_and_a_file_without_authorities_stops_its_start() 
 }
 
 /// What the handler's user needs, as docs/redis.md has it.
-pub const RIGHTS: &str = "~{product-cache}:* +exists +get +set +type +unlink +evalsha +script|load +hdel +hget +hmget +hset +pttl +pexpire +time +xadd +xtrim +xread +xrevrange +role +cluster|myid +cluster|slots +asking";
+pub const RIGHTS: &str = "~{product-cache}:* +get +set +type +unlink +evalsha +script|load +hdel +hget +hmget +hset +pttl +pexpire +time +xadd +xtrim +xread +xrevrange +cluster|myid +cluster|slots +asking";
 
 #[tokio::test]
 async fn a_user_with_no_more_rights_than_documented_can_do_all_there_is_to_do() {
