@@ -1,6 +1,6 @@
 //! `handler doctor`: what a deployment usually gets wrong, looked for in seconds with the handler's own settings.
 //!
-//! Owns the report; what is looked at is said by `host_files`, [`Database::examine`] and [`redis::examine`]. Changes
+//! Owns the report; what is looked at is said by `host_files`, `Database::examine` and `redis::examine`. Changes
 //! nothing but a scratch key in Redis. Invariant: no line holds a secret, and every finding that is not fine says what to do.
 
 mod host_files;

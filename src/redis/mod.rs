@@ -1,6 +1,6 @@
 //! The one Redis pool: which connection a command takes, when a connection is given up, and how it comes back.
 //!
-//! The pool bounds the connections and [`nodes`] makes them; each is checked out once by a *keeper*, and all requests share
+//! The pool bounds the connections and `nodes` makes them; each is checked out once by a *keeper*, and all requests share
 //! clones of its multiplexed handle, because a checkout per command costs a PING round trip (measured 2–20 times
 //! slower). Knows nothing of what keys and scripts mean. Invariant: while Redis is away a command fails at once, without waiting:
 //! only the keepers try to connect, with growing, jittered pauses.
