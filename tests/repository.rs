@@ -124,7 +124,7 @@ fn every_source_file_says_what_it_owns() {
             }
         }
     }
-    for folder in ["src", "tests"] {
+    for folder in ["src", "tests", "benches/src"] {
         check(&Path::new(env!("CARGO_MANIFEST_DIR")).join(folder));
     }
 }

@@ -1,0 +1,155 @@
+//! Hits: in memory, answered with 304, in Redis, and batches of both.
+
+use std::sync::Arc;
+
+use super::{Bench, Catalogue, Side, ceiling, constant, fill, handler, settings, turns};
+use crate::{
+    Result,
+    catalogue::{Bodies, FIRST, Rows, Size},
+    load::{self, Connection, Order, Request},
+    process::{OneCore, Server},
+    report::{Bound, median},
+    servers::redis::RedisServer,
+};
+
+const PRODUCTS: i64 = 10_000;
+const CONNECTIONS: usize = 64;
+
+/// Zipf over 10,000 products in memory, against `ceiling`.
+pub(super) async fn warm(bench: &mut Bench) -> Result<()> {
+    let redis = RedisServer::start().await;
+    for size in Size::BOTH {
+        let (bodies, catalogue) = (Bodies::new(size), Catalogue::new(PRODUCTS, size, Rows::Stored).await?);
+        let (requests, constant) = (load::products(0..PRODUCTS, &bodies, "L1; hit"), constant(&bodies, PRODUCTS));
+        for workers in [1, 2] {
+            let server = handler(settings(catalogue.url(), Some(redis.url()), workers)).await?;
+            fill(&server, 0..PRODUCTS, &bodies).await?;
+            let reference = ceiling(&bodies, workers)?;
+            let ours = Side { server: &server, connections: CONNECTIONS, requests: &requests, order: Order::Zipf };
+            let theirs = Side { server: &reference, connections: CONNECTIONS, requests: &constant, order: Order::Zipf };
+            let rounds = turns(bench, ours, theirs).await?;
+            let name = format!("warm hit, {}, {workers} worker{}", size.name(), if workers == 1 { "" } else { "s" });
+            bench.add_both(&name, "ceiling", Bound::AtLeast(0.95), Bound::AtMost(1.05), &rounds);
+        }
+    }
+    Ok(())
+}
+
+/// The same with `If-None-Match`, against the 200.
+pub(super) async fn not_modified(bench: &mut Bench) -> Result<()> {
+    let size = Size::Large;
+    let (bodies, catalogue) = (Bodies::new(size), Catalogue::new(PRODUCTS, size, Rows::Stored).await?);
+    let server = handler(settings(catalogue.url(), None, 1)).await?;
+    fill(&server, 0..PRODUCTS, &bodies).await?;
+    let requests = load::products(0..PRODUCTS, &bodies, "L1; hit");
+    let conditional: Arc<[Request]> = (0..PRODUCTS)
+        .map(|n| {
+            let etag = product_cache::cache::entry::etag([bodies.json(FIRST + n).as_bytes()]);
+            let header = format!("If-None-Match: {}\r\n", String::from_utf8_lossy(&etag));
+            Request::get(&load::target(FIRST + n), &header, 304, "", "L1; hit")
+        })
+        .collect();
+    let ours = Side { server: &server, connections: CONNECTIONS, requests: &conditional, order: Order::Zipf };
+    let theirs = Side { server: &server, connections: CONNECTIONS, requests: &requests, order: Order::Zipf };
+    let rounds = turns(bench, ours, theirs).await?;
+    let (faster, cheaper) = (Bound::AtLeast(1.0), Bound::AtMost(1.0));
+    bench.add_both("304 on a warm hit, 3.4kB", "the 200", faster, cheaper, &rounds);
+    Ok(())
+}
+
+/// Redis with products that another instance has loaded, and the same bodies for `redis_ceiling`.
+async fn filled_redis(catalogue: &Catalogue, bodies: &Bodies, count: i64) -> Result<RedisServer> {
+    let redis = RedisServer::start().await;
+    let other = handler(settings(catalogue.url(), Some(redis.url()), 2)).await?;
+    fill(&other, 0..count, bodies).await?;
+    Ok(redis)
+}
+
+async fn fill_ceiling(redis: &RedisServer, bodies: &Bodies, count: i64) -> Result<Server> {
+    let client = ::redis::Client::open(redis.url()).map_err(|error| error.to_string())?;
+    let mut connection = client.get_multiplexed_async_connection().await.map_err(|error| error.to_string())?;
+    for start in (0..count).step_by(500) {
+        let mut pipeline = ::redis::pipe();
+        for id in (start..(start + 500).min(count)).map(|n| FIRST + n) {
+            pipeline.cmd("SET").arg(format!("bench:{id}")).arg(bodies.json(id)).ignore();
+        }
+        let _: () = pipeline.query_async(&mut connection).await.map_err(|error| error.to_string())?;
+    }
+    Server::start("redis_ceiling", vec![("HTTP_WORKERS", "1".to_owned()), ("REDIS_URL", redis.url())])
+}
+
+/// Products that are in Redis and not in memory, each asked for once, against `redis_ceiling`.
+pub(super) async fn l2(bench: &mut Bench) -> Result<()> {
+    const PER_ROUND: i64 = 10_000;
+    let count = PER_ROUND * (bench.rounds() as i64 + 1);
+    let bodies = Bodies::new(Size::Large);
+    let catalogue = Catalogue::new(count, Size::Large, Rows::Computed).await?;
+    let redis = filled_redis(&catalogue, &bodies, count).await?;
+    let server = handler(settings(catalogue.url(), Some(redis.url()), 1)).await?;
+    let mut clients = Vec::new();
+    let reference = fill_ceiling(&redis, &bodies, count).await?;
+    let mut rounds = Vec::new();
+    let _one_core = OneCore::keep(&[&server, &reference]);
+    for round in 0..=bench.rounds() as i64 {
+        let range = round * PER_ROUND..(round + 1) * PER_ROUND;
+        let (ours, theirs) = (load::products(range.clone(), &bodies, "L2; hit"), load::products(range, &bodies, ""));
+        let both = if round % 2 == 0 {
+            let first = load::each_once(&server, CONNECTIONS, &ours).await?;
+            (first, load::each_once(&reference, CONNECTIONS, &theirs).await?)
+        } else {
+            let first = load::each_once(&reference, CONNECTIONS, &theirs).await?;
+            (load::each_once(&server, CONNECTIONS, &ours).await?, first)
+        };
+        // But for the log's, and redis_ceiling's own.
+        clients.push((redis.clients().await as f64 - 2.0, 2.0));
+        if round > 0 {
+            rounds.push(both);
+        }
+    }
+    bench.add_both("L2 hit, 3.4kB", "redis_ceiling", Bound::AtLeast(0.85), Bound::None, &rounds);
+    bench.report.add("L2 hit: Redis connections", "connections", "2", Bound::AtMost(1.0), &clients);
+    Ok(())
+}
+
+/// A hundred ids, half in memory and half in Redis, against one hit in Redis.
+pub(super) async fn batch(bench: &mut Bench) -> Result<()> {
+    const BATCHES: i64 = 20;
+    const SINGLES: i64 = 500;
+    let per_round = BATCHES * 50 + SINGLES;
+    let count = 50 + per_round * (bench.rounds() as i64 + 1);
+    let bodies = Bodies::new(Size::Large);
+    let catalogue = Catalogue::new(count, Size::Large, Rows::Computed).await?;
+    let redis = filled_redis(&catalogue, &bodies, count).await?;
+    let server = handler(settings(catalogue.url(), Some(redis.url()), 1)).await?;
+    fill(&server, 0..50, &bodies).await?;
+    let mut connection = Connection::open(server.port).await?;
+    let mut rounds = Vec::new();
+    for round in 0..=bench.rounds() as i64 {
+        let first = 50 + round * per_round;
+        let mut times = (Vec::new(), Vec::new());
+        for n in 0..SINGLES {
+            let request = Request::product(FIRST + first + n, &bodies, "L2; hit");
+            times.1.push(timed(&mut connection, &request).await?);
+        }
+        for n in 0..BATCHES {
+            let cold = first + SINGLES + n * 50;
+            // By turns, as a page of products would mix them.
+            let ids: Vec<_> = (0..50).flat_map(|n| [FIRST + n, FIRST + cold + n]).collect();
+            let mut request = load::batch(&ids, &bodies);
+            request.cache_status = "memory 50, redis 50, database 0";
+            times.0.push(timed(&mut connection, &request).await?);
+        }
+        if round > 0 {
+            rounds.push((median(&times.0), median(&times.1)));
+        }
+    }
+    let scenario = "batch of 100, 50 in L1 and 50 in L2: time";
+    bench.report.add(scenario, "s", "one L2 hit", Bound::AtMost(3.0), &rounds);
+    Ok(())
+}
+
+async fn timed(connection: &mut Connection, request: &Request) -> Result<f64> {
+    let sent = std::time::Instant::now();
+    connection.ask(request).await?;
+    Ok(sent.elapsed().as_secs_f64())
+}

@@ -1,0 +1,208 @@
+//! The scenarios: what is measured, against what, and what it should reach.
+//!
+//! Each starts its own servers and stops them. Invariant: what is compared is measured in turns (A B, B A, …), with the same
+//! workers, the same bodies and the same number of connections. Throughput is of
+//! server and generator together where they share a core; processor time is the server's alone.
+
+mod hits;
+mod invalidation;
+mod misses;
+mod neighbours;
+mod scale;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use futures_util::future::{FutureExt, LocalBoxFuture};
+use tokio::time::{Instant, sleep};
+
+use crate::{
+    Result,
+    catalogue::{self, Bodies, Rows, Size},
+    load::{self, Connection, Order, Outcome, Request},
+    process::{OneCore, Server, Settings},
+    report::{Bound, Report},
+};
+
+/// A run.
+pub struct Bench {
+    /// Few and short rounds.
+    pub quick: bool,
+    /// What it has found.
+    pub report: Report,
+    /// Folder of BentoCache and what it needs, if it is installed.
+    pub bentocache: Option<PathBuf>,
+}
+
+type Run = for<'a> fn(&'a mut Bench) -> LocalBoxFuture<'a, Result<()>>;
+
+/// Names, in the order in which they run.
+pub const SCENARIOS: &[(&str, Run)] = &[
+    ("warm-hit", |bench| hits::warm(bench).boxed_local()),
+    ("not-modified", |bench| hits::not_modified(bench).boxed_local()),
+    ("l2-hit", |bench| hits::l2(bench).boxed_local()),
+    ("batch", |bench| hits::batch(bench).boxed_local()),
+    ("miss", |bench| misses::miss(bench).boxed_local()),
+    ("stampede", |bench| misses::stampede(bench).boxed_local()),
+    ("decode", |bench| invalidation::decode(bench).boxed_local()),
+    ("expiry", |bench| invalidation::expiry(bench).boxed_local()),
+    ("clients", |bench| scale::clients(bench).boxed_local()),
+    ("growth", |bench| scale::growth(bench).boxed_local()),
+    ("start", |bench| scale::start(bench).boxed_local()),
+    ("memory", |bench| scale::memory(bench).boxed_local()),
+    ("cache-aside", |bench| neighbours::cache_aside(bench).boxed_local()),
+    ("bentocache", |bench| neighbours::bentocache(bench).boxed_local()),
+];
+
+impl Bench {
+    /// Rounds per comparison.
+    fn rounds(&self) -> usize {
+        if self.quick { 3 } else { 9 }
+    }
+
+    /// How long each side is asked in a round.
+    fn time(&self) -> Duration {
+        if self.quick { Duration::from_millis(800) } else { Duration::from_secs(3) }
+    }
+
+    /// Adds throughput and processor time of the same rounds.
+    fn add_both(
+        &mut self,
+        scenario: &str,
+        reference: &str,
+        throughput: Bound,
+        cpu: Bound,
+        rounds: &[(Outcome, Outcome)],
+    ) {
+        let each = |number: fn(&Outcome) -> f64| -> Vec<_> {
+            rounds.iter().map(|(ours, theirs)| (number(ours), number(theirs))).collect()
+        };
+        let report = &mut self.report;
+        report.add(&format!("{scenario}: throughput"), "1/s", reference, throughput, &each(Outcome::throughput));
+        report.add(&format!("{scenario}: CPU per request"), "s", reference, cpu, &each(Outcome::cpu));
+        // Whether the servers or the generator were what limited the throughput.
+        report.note(&format!("{scenario}: cores busy"), "server", &each(Outcome::server_cores));
+        report.note(&format!("{scenario}: cores busy"), "generator", &each(Outcome::generator_cores));
+    }
+}
+
+/// One of two that are compared.
+struct Side<'a> {
+    server: &'a Server,
+    connections: usize,
+    requests: &'a Arc<[Request]>,
+    order: Order,
+}
+
+impl Side<'_> {
+    async fn ask(&self, time: Duration) -> Result<Outcome> {
+        load::for_a_while(self.server, self.connections, self.requests, self.order.clone(), time).await
+    }
+}
+
+/// Asks both in turns.
+async fn turns(bench: &Bench, ours: Side<'_>, theirs: Side<'_>) -> Result<Vec<(Outcome, Outcome)>> {
+    let _one_core = OneCore::keep(&[ours.server, theirs.server]);
+    for side in [&ours, &theirs] {
+        side.ask(bench.time() / 2).await?; // caches of the processor, branch predictors, page tables
+    }
+    let mut rounds = Vec::new();
+    for round in 0..bench.rounds() {
+        rounds.push(if round % 2 == 0 {
+            let first = ours.ask(bench.time()).await?;
+            (first, theirs.ask(bench.time()).await?)
+        } else {
+            let first = theirs.ask(bench.time()).await?;
+            (ours.ask(bench.time()).await?, first)
+        });
+    }
+    Ok(rounds)
+}
+
+/// A SQLite file with products; it goes with its owner.
+struct Catalogue {
+    folder: tempfile::TempDir,
+}
+
+impl Catalogue {
+    async fn new(count: i64, size: Size, rows: Rows) -> Result<Self> {
+        let made = Self { folder: crate::process::folder()? };
+        catalogue::fill_sqlite(&made.file(), count, size, rows).await?;
+        Ok(made)
+    }
+
+    fn file(&self) -> PathBuf {
+        self.folder.path().join("catalogue.db")
+    }
+
+    fn url(&self) -> String {
+        sqlite_url(&self.file())
+    }
+}
+
+fn sqlite_url(file: &Path) -> String {
+    format!("sqlite:{}", file.display())
+}
+
+/// Settings of a handler: nothing ends by itself while it is measured.
+fn settings(sql: String, redis: Option<String>, workers: usize) -> Settings {
+    let mut settings = vec![
+        ("Sql", sql),
+        ("HTTP_WORKERS", workers.to_string()),
+        ("CACHE_DURATION_S", "36000".to_owned()),
+        ("CACHE_L1_MAX_BYTES", (8_u64 << 30).to_string()),
+        ("LOG_LEVEL", "warn".to_owned()),
+    ];
+    settings.extend(redis.map(|url| ("Redis", url)));
+    settings
+}
+
+/// Starts a handler and waits until it hears of changes: from then on what it remembers stays remembered.
+async fn handler(settings: Settings) -> Result<Server> {
+    let server = Server::start("handler", settings)?;
+    let mut connection = Connection::open(server.port).await?;
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let status = status(&mut connection).await?;
+        let feed = status["changeFeed"].is_null() || status["changeFeed"]["unheardSeconds"].is_number();
+        let log = status["redis"].is_null() || status["redis"]["logUnheardSeconds"].is_number();
+        if feed && log {
+            return Ok(server);
+        }
+        if Instant::now() > deadline {
+            return Err(format!("the handler never hears of changes: {status}"));
+        }
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// What a handler's `GET /` says.
+async fn status(connection: &mut Connection) -> Result<serde_json::Value> {
+    let (_, body) = connection.send(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").await?;
+    serde_json::from_slice(body).map_err(|error| error.to_string())
+}
+
+/// Makes a handler remember these products (counted from the first).
+async fn fill(server: &Server, range: std::ops::Range<i64>, bodies: &Bodies) -> Result<()> {
+    // A thousand batches at a time: their bodies are all in memory meanwhile.
+    for start in range.clone().step_by(100_000) {
+        let part = start..(start + 100_000).min(range.end);
+        load::each_once(server, 8, &load::batches(part, bodies)).await?;
+    }
+    Ok(())
+}
+
+fn ceiling(bodies: &Bodies, workers: usize) -> Result<Server> {
+    let settings = vec![("HTTP_WORKERS", workers.to_string()), ("BODY_BYTES", bodies.len().to_string())];
+    Server::start("ceiling", settings)
+}
+
+/// What `ceiling` answers, however it is asked.
+fn constant(bodies: &Bodies, count: i64) -> Arc<[Request]> {
+    let body = bytes::Bytes::from(vec![b'x'; bodies.len()]);
+    let target = |n| load::target(catalogue::FIRST + n);
+    (0..count).map(|n| Request::get(&target(n), "", 200, body.clone(), "")).collect()
+}
