@@ -139,6 +139,9 @@ pub struct How {
 }
 
 impl How {
+    /// A fresh entry in memory.
+    pub const MEMORY: Self = Self { level: Level::Memory, collapsed: false, stored: false, stale: None };
+
     fn hit(level: Level) -> Self {
         Self { level, collapsed: false, stored: false, stale: None }
     }

@@ -8,20 +8,20 @@ use std::{fmt::Write, time::Duration};
 use actix_web::{
     HttpResponse,
     dev::RequestHead,
-    http::header::{self, HeaderMap, HeaderValue},
+    http::header::{self, HeaderMap, HeaderName, HeaderValue},
 };
 use bytes::{Bytes, BytesMut};
 
 use super::{App, error::Error};
 use crate::{
-    cache::{Answer, Entry, Failure, Key, Level, Stale, entry::etag},
+    cache::{Answer, Entry, Failure, How, Key, Level, Stale, entry::etag},
     product::{self, ProductId},
 };
 
 /// Ids in one request: a hundred products with photos are some 300 kB, and one query for them takes milliseconds.
 const MOST_IDS: usize = 100;
 const PARAMETER: &str = "productid";
-const CACHE_STATUS: &str = "cache-status";
+const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 const JSON: HeaderValue = HeaderValue::from_static("application/json; charset=utf-8");
 
 /// The answer to GET and HEAD if it takes nothing but memory: one product that is there, or a mistake in the request.
@@ -91,7 +91,7 @@ fn one(app: &App, head: &RequestHead, id: ProductId, answer: &Answer, forward: &
             let mut response =
                 Error::NotFound(format!("there is no product {}", id.number())).response(super::invocation(head));
             response.headers_mut().insert(header::AGE, HeaderValue::from(age_s));
-            response.headers_mut().insert(header::HeaderName::from_static(CACHE_STATUS), status);
+            response.headers_mut().insert(CACHE_STATUS, status);
             return Ok(response);
         }
         Entry::Found(body) if fails_if_match(&head.headers, body.etag()) => return Err(Error::PreconditionFailed),
@@ -149,9 +149,19 @@ fn not_modified(etag: Bytes) -> HttpResponse {
 fn finish(app: &App, mut response: HttpResponse, cache_status: HeaderValue, age_s: u64) -> HttpResponse {
     let headers = response.headers_mut();
     headers.insert(header::CACHE_CONTROL, app.cache_control.clone());
-    headers.insert(header::AGE, HeaderValue::from(age_s));
-    headers.insert(header::HeaderName::from_static(CACHE_STATUS), cache_status);
+    headers.insert(header::AGE, short_value(&[itoa::Buffer::new().format(age_s)]));
+    headers.insert(CACHE_STATUS, cache_status);
     response
+}
+
+/// Our own text from its parts, without the formatting machinery: it is made for every hit.
+fn short_value(parts: &[&str]) -> HeaderValue {
+    let (mut text, mut length) = ([0; 40], 0);
+    for part in parts {
+        text[length..length + part.len()].copy_from_slice(part.as_bytes());
+        length += part.len();
+    }
+    HeaderValue::from_bytes(&text[..length]).unwrap_or_else(|_| HeaderValue::from_static(""))
 }
 
 /// Our own text, made of visible ASCII.
@@ -162,6 +172,9 @@ fn shared_value(text: Bytes) -> HeaderValue {
 /// `Cache-Status` (RFC 9211): caches from the database's side to the client's, `L2` being Redis and `L1` memory.
 fn cache_status(app: &App, answer: &Answer, ttl_s: i64, forward: &str, parts: &str) -> HeaderValue {
     let how = answer.how();
+    if how == How::MEMORY && parts.is_empty() {
+        return short_value(&["L1; hit; ttl=", itoa::Buffer::new().format(ttl_s)]);
+    }
     let mut status = String::with_capacity(80);
     let reason = match how.stale {
         None => "",
