@@ -128,3 +128,19 @@ fn every_source_file_says_what_it_owns() {
         check(&Path::new(env!("CARGO_MANIFEST_DIR")).join(folder));
     }
 }
+
+#[test]
+fn no_merge_was_left_half_done_and_every_script_can_be_read() {
+    let listed = std::process::Command::new("git").args(["ls-files"]).current_dir(env!("CARGO_MANIFEST_DIR")).output();
+    let listed = String::from_utf8(listed.expect("git").stdout).expect("UTF-8");
+    let marks = ["<<<<<<< ", ">>>>>>> "];
+    for file in listed.lines() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+        let Ok(text) = fs::read_to_string(&path) else { continue };
+        assert!(!text.lines().any(|line| marks.iter().any(|mark| line.starts_with(mark))), "{file}");
+        if text.starts_with("#!/usr/bin/env bash") {
+            let checked = std::process::Command::new("bash").arg("-n").arg(&path).output().expect("bash");
+            assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+        }
+    }
+}

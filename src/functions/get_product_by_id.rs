@@ -116,7 +116,11 @@ fn many(app: &App, head: &RequestHead, answers: &[Answer], forward: &str) -> Res
         separator = b",";
     }
     body.extend_from_slice(b"]");
-    let etag = etag([&body[..]]);
+    // As strong as the elements' own, which say all about their bytes, and a hundredth of the work.
+    let etag = etag(answers.iter().map(|answer| match answer.entry() {
+        Entry::Found(body) => body.etag(),
+        Entry::Absent => b"null",
+    }));
 
     // The whole is as fresh as its stalest part and came from as far as its farthest.
     let farthest = answers.iter().max_by_key(|answer| (answer.how().stale.is_some(), answer.how().level));
