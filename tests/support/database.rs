@@ -7,7 +7,6 @@
 use std::{
     fs,
     io::Write,
-    net::TcpListener,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -21,7 +20,7 @@ use tempfile::TempDir;
 use tokio::net::TcpStream;
 use tokio_util::compat::TokioAsyncWriteCompatExt;
 
-use super::{certificates::CERTIFICATES, eventually, signal};
+use super::{certificates::CERTIFICATES, eventually, free_port, signal};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Engine {
@@ -461,10 +460,6 @@ fn user_option() -> Option<&'static str> {
 fn run(command: &mut Command) {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}: run scripts/test"));
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port").port()
 }
 
 fn children(pid: u32) -> Vec<u32> {

@@ -34,6 +34,17 @@ pub async fn eventually<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>
     }
 }
 
+/// A port for a server that is stopped and started again: below those that the system gives to outgoing connections, one
+/// of which might have it meanwhile.
+pub fn free_port() -> u16 {
+    loop {
+        let port = rand::random_range(12_000..32_000);
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+}
+
 /// Sends a signal to a process.
 pub fn signal(pid: u32, name: &str) {
     let status = std::process::Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status();

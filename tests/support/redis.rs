@@ -1,7 +1,6 @@
 //! A private Redis server.
 
 use std::{
-    net::TcpListener,
     process::{Child, Command, Stdio},
     time::Duration,
 };
@@ -9,7 +8,7 @@ use std::{
 use tempfile::TempDir;
 use tokio::time::timeout;
 
-use super::{eventually, signal};
+use super::{eventually, free_port, signal};
 
 pub struct RedisServer {
     process: Option<Child>,
@@ -31,8 +30,7 @@ impl RedisServer {
 
     /// Starts with further options, such as `["--maxclients", "50"]`.
     pub async fn start_with(arguments: &[&str]) -> Self {
-        let port =
-            TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port").port();
+        let port = free_port();
         let folder = tempfile::tempdir().expect("a folder");
         let arguments = arguments.iter().map(ToString::to_string).collect();
         let mut server = Self { process: None, folder, port, arguments };
