@@ -33,6 +33,15 @@ async fn eventually<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>) ->
     }
 }
 
+fn free_port() -> u16 {
+    loop {
+        let port = rand::random_range(12_000..32_000);
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+}
+
 fn signal(pid: u32, name: &str) {
     let _ = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status();
 }
@@ -72,8 +81,7 @@ impl Postgres {
         };
         let options = ["--username=owner", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C.UTF-8"];
         run(program("initdb").args(options).arg("-D").arg(&data))?;
-        let port = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr());
-        let port = port.map_err(|error| error.to_string())?.port();
+        let port = free_port();
         let mut command = program("postgres");
         command.arg("-D").arg(&data).args(["-p", &port.to_string()]);
         for setting in ["listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off", "shared_buffers=256MB"] {
