@@ -10,9 +10,10 @@ use proptest::{
 
 use crate::support::{
     certificates::CERTIFICATES,
+    eventually,
     host::stage,
     identity::Identity,
-    instance::start,
+    instance::{hears, start},
     redis::RedisServer,
     tds::{Answer, Server, Welcome},
 };
@@ -91,6 +92,10 @@ async fn try_one(secret: String) {
             instance = instance.env(name, value);
         }
         let mut instance = instance.listening().await;
+        if variables.len() == 1 && variables[0].0 == "Redis" {
+            // Before it hears the log nothing is stored in Redis.
+            eventually("it hears", async || hears(&instance.status().await).then_some(())).await;
+        }
         let code = encoded(&secret);
         let mut sent = String::new();
         for target in ["productid=680", "productid=680,x", "productid=999999", ""] {
