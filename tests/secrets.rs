@@ -118,8 +118,10 @@ async fn try_one(secret: String) {
     // Refused at the start: the message names the setting and not what it is.
     for (name, value) in [
         ("Redis", format!("http://{secret}")),
+        ("Redis", format!("{secret}=")),
         ("Redis", format!("h:1,ssl=True,password={secret},{secret}")),
         ("Sql", secret.clone()),
+        ("Sql", format!("{secret}==")),
         ("Sql", format!("Server=h;Password={ado};{secret}=1")),
         ("Sql", format!("postgres://me:{secret}@h/d")),
         ("CUSTOMCONNSTR_Redis", format!("redis://:{secret}/@h")),

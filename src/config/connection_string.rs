@@ -406,6 +406,11 @@ mod tests {
             (sql, "Server=h;Database=db;UID=me;PWD=a;hunter2=b", &["keyword 5, not shown because"]),
             (
                 sql,
+                "hunter2=",
+                &["keyword 1, not shown", "Server is missing", "Database is missing", "User ID is missing"],
+            ),
+            (
+                sql,
                 "Server=h;Database=db;UID=me;Pasword=a;hunter2=b",
                 &["did you mean Password?", "keyword 5, not shown"],
             ),

@@ -338,13 +338,16 @@ impl Fields {
     /// An empty value is as good as none, as in ADO.NET.
     pub(super) fn read(dialect: Dialect, pairs: Vec<(String, String)>) -> Self {
         let mut fields = Self { dialect, said: BTreeMap::new(), mistakes: Vec::new() };
-        let mut may_be_secret = false;
+        // Until a keyword is known, the whole may be a secret that was pasted into the wrong setting.
+        let (mut recognised, mut behind_secret) = (false, false);
         for (place, (keyword, value)) in pairs.into_iter().enumerate() {
             let spelling = plain(&keyword);
-            match dialect.iter().find(|(names, _)| names.iter().any(|name| plain(name) == spelling)) {
+            let known = dialect.iter().find(|(names, _)| names.iter().any(|name| plain(name) == spelling));
+            recognised |= known.is_some();
+            match known {
                 None => {
-                    fields.unknown(place + 1, &keyword, may_be_secret);
-                    may_be_secret = true;
+                    fields.unknown(place + 1, &keyword, behind_secret || !recognised);
+                    behind_secret = true;
                 }
                 Some((_, Idle)) => {}
                 Some((_, Only(granted, reason))) => {
@@ -353,7 +356,7 @@ impl Fields {
                     }
                 }
                 Some((_, Is(field))) => {
-                    may_be_secret |= *field == Password;
+                    behind_secret |= *field == Password;
                     fields.add(*field, keyword, value);
                 }
             }
