@@ -56,7 +56,14 @@ async fn no_fault_of_the_network_gives_a_wrong_row_or_outlasts_itself(engine: En
 }
 
 async fn the_first_query_after_a_restart_is_answered(engine: Engine) {
-    let (mut server, _proxy, database) = behind_a_proxy(engine, &SETTINGS).await;
+    let patient = [
+        ("CACHE_HARD_TIMEOUT_MS", "10000"),
+        ("CACHE_LEASE_MS", "20000"),
+        ("REQUEST_TIMEOUT_MS", "20000"),
+        ("DATABASE_MAX_CONNECTIONS", "4"),
+        ("FEED_INTERVAL_MS", "0"),
+    ];
+    let (mut server, _proxy, database) = behind_a_proxy(engine, &patient).await;
     for _ in 0..3 {
         // Several connections, all of which the server forgets.
         let names = join_all((0..16).map(|_| name_of(&database, 680))).await;

@@ -147,7 +147,8 @@ impl DatabaseServer {
 
     pub fn kill(&mut self) {
         if let Some(mut process) = self.process.take() {
-            // Stopped processes die as well.
+            // A child that it starts meanwhile would outlive it, and hold the data folder.
+            signal(process.id(), "STOP");
             for pid in children(process.id()) {
                 let _ = Command::new("kill").args(["-KILL", &pid.to_string()]).stderr(Stdio::null()).status();
             }
