@@ -5,13 +5,9 @@ use std::{net::TcpListener, time::Duration};
 use tokio::time::{Instant, sleep};
 
 use crate::support::{
-    PATIENCE, eventually, http,
+    PATIENCE, eventually, free_port, http,
     instance::{Instance, start},
 };
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
 
 async fn answers(port: u16) {
     eventually("GET / is answered", async || http::try_send(port, "GET", "/", &[], "").await.ok()).await;

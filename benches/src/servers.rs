@@ -4,47 +4,21 @@
 
 use std::{
     fs,
-    net::TcpListener,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    time::Duration,
 };
 
 use sqlx::{Connection, PgConnection};
-use tokio::time::{Instant, sleep};
 
+use self::basics::{eventually, free_port, signal};
 use crate::Result;
 
+#[allow(unreachable_pub)]
+#[path = "../../tests/support/basics.rs"]
+mod basics;
 #[allow(dead_code, missing_docs, unreachable_pub, clippy::expect_used)]
 #[path = "../../tests/support/redis.rs"]
 pub mod redis;
-
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Waits until `check` gives something; panics with `what` if it never does. For what is shared with the tests.
-async fn eventually<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let Some(found) = check().await {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "never happened: {what}");
-        sleep(Duration::from_millis(5)).await;
-    }
-}
-
-fn free_port() -> u16 {
-    loop {
-        let port = rand::random_range(12_000..32_000);
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
-}
-
-fn signal(pid: u32, name: &str) {
-    let _ = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status();
-}
 
 /// A private PostgreSQL server with an empty database `shop`; it ends with its owner.
 pub struct Postgres {

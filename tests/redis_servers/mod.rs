@@ -17,7 +17,7 @@ use crate::{
     cache::world::{BUDGET, Node, Truth, key},
     support::{
         certificates::{CERTIFICATES, Certificates, NAME},
-        eventually,
+        eventually, free_port,
         instance::start,
         proxy::Proxy,
         redis::RedisServer,
@@ -28,7 +28,7 @@ use crate::{
 async fn with_tls(version: &str) -> (u16, RedisServer, tempfile::TempDir) {
     let folder = tempdir().unwrap();
     let (certificate, key) = CERTIFICATES.server_files(folder.path());
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_port();
     let (certificate, key) = (certificate.to_string_lossy(), key.to_string_lossy());
     let options = ["--tls-port", &port.to_string(), "--tls-cert-file", &certificate, "--tls-key-file", &key];
     let more = ["--tls-auth-clients", "no", "--tls-protocols", version];

@@ -17,7 +17,7 @@ use tokio::{
 
 use crate::{
     cache::world::{BUDGET, Node, Truth, key},
-    support::{eventually, redis::RedisServer},
+    support::{eventually, free_port, redis::RedisServer},
 };
 
 struct Sentinel(Child);
@@ -37,7 +37,7 @@ async fn the_primary_that_a_sentinel_names_is_used_and_the_next_one_after_it() {
     eventually("it follows", async || (replica.info("replication", "master_link_status").await == "up").then_some(()))
         .await;
     let folder = tempdir().unwrap();
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_port();
     let file = folder.path().join("sentinel.conf");
     let watched = primary.port;
     let text = format!(
@@ -50,7 +50,7 @@ async fn the_primary_that_a_sentinel_names_is_used_and_the_next_one_after_it() {
     let _sentinel = Sentinel(child);
 
     let truth = Truth::new(&[(1, 10), (2, 20)]);
-    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let nobody = free_port();
     let string = format!("127.0.0.1:{nobody},127.0.0.1:{port},serviceName=shop");
     let first = Node::hearing(&truth, &string, &[]).await;
     let second = Node::hearing(&truth, &string, &[]).await;

@@ -3,6 +3,7 @@
 //!
 //! Everything listens on 127.0.0.1 at a port the system chose, lives in a folder of its own, and ends with its owner.
 
+mod basics;
 pub mod certificates;
 pub mod database;
 #[allow(dead_code, unused_imports)] // a model of the host: more of it than any one test needs
@@ -15,41 +16,7 @@ pub mod redis;
 pub mod redis_cluster;
 pub mod tds;
 
-use std::time::Duration;
-
-use tokio::time::{Instant, sleep};
-
-/// How long anything that must happen may take on a small, noisy machine before a test gives up on it.
-pub const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Waits until `check` gives something; panics with `what` after [`PATIENCE`].
-pub async fn eventually<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let Some(found) = check().await {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "never happened: {what}");
-        sleep(Duration::from_millis(10)).await;
-    }
-}
-
-/// A port for a server that is stopped and started again: below those that the system gives to outgoing connections, one
-/// of which might have it meanwhile.
-pub fn free_port() -> u16 {
-    loop {
-        let port = rand::random_range(12_000..32_000);
-        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
-}
-
-/// Sends a signal to a process.
-pub fn signal(pid: u32, name: &str) {
-    let status = std::process::Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status();
-    assert!(status.is_ok_and(|status| status.success()), "kill -{name} {pid}");
-}
+pub use self::basics::{PATIENCE, eventually, free_port, signal};
 
 /// Runs SQL on a SQLite file, as a SQLite shell would.
 pub fn sqlite(file: &std::path::Path, sql: &str) {

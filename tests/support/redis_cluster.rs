@@ -1,8 +1,6 @@
 //! A private Redis Cluster of three primaries, each with a replica.
 
-use std::net::TcpListener;
-
-use super::{eventually, redis::RedisServer};
+use super::{eventually, free_port, redis::RedisServer};
 
 /// A name whose slot is that of all keys of the handler.
 const TAG: &str = "{product-cache}";
@@ -18,9 +16,7 @@ impl RedisCluster {
         let mut nodes = Vec::new();
         let mut bus_ports = Vec::new();
         for _ in 0..6 {
-            let bus =
-                TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port").port();
-            let (bus, timeout) = (bus.to_string(), NODE_TIMEOUT_MS.to_string());
+            let (bus, timeout) = (free_port().to_string(), NODE_TIMEOUT_MS.to_string());
             let options = ["--cluster-enabled", "yes", "--cluster-port", &bus, "--cluster-node-timeout", &timeout];
             // A replica that has not heard for long may be promoted too, and is ready at once.
             let replica = ["--cluster-replica-validity-factor", "0", "--repl-diskless-sync-delay", "0"];
