@@ -2,8 +2,13 @@
 //!
 //! The pool bounds the connections and `nodes` makes them; each is checked out once by a *keeper*, and all requests share
 //! clones of its multiplexed handle, because a checkout per command costs a PING round trip (measured 2–20 times
-//! slower). Knows nothing of what keys and scripts mean. Invariant: while Redis is away a command fails at once, without waiting:
-//! only the keepers try to connect, with growing, jittered pauses.
+//! slower). In reading order: `nodes` (where to), `detour` (where a slot is moving to), `examine` (for the doctor). Knows
+//! nothing of what keys and scripts mean. Invariant: while Redis is away a command fails at once, without waiting: only
+//! the keepers try to connect, with growing, jittered pauses.
+
+mod detour;
+mod examine;
+mod nodes;
 
 use std::{
     sync::{
@@ -12,10 +17,6 @@ use std::{
     },
     time::Duration,
 };
-
-mod detour;
-mod examine;
-mod nodes;
 
 use deadpool::{
     Runtime,

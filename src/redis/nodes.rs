@@ -47,6 +47,7 @@ pub(super) struct Found {
     pub(super) host: String,
     /// The name that it has for itself.
     pub(super) id: String,
+    in_cluster: bool,
 }
 
 /// Finds the node that is to be talked to, and connects to it.
@@ -133,9 +134,13 @@ impl Nodes {
         Ok(())
     }
 
-    /// Learns of the cluster's nodes from time to time, as long as a connection lives; does not end.
+    /// Learns of the cluster's nodes from time to time, as long as a connection to one lives; does not end.
     pub(super) async fn stay_acquainted(&self, found: &Found) {
+        if !found.in_cluster {
+            return std::future::pending().await;
+        }
         let mut connection = found.connection.clone();
+        connection.set_response_timeout(ACQUAINTANCE); // the log's may hold a blocking read; nobody waits for this
         let mut question = redis::cmd("CLUSTER");
         question.arg("SLOTS");
         loop {
@@ -158,7 +163,7 @@ impl Nodes {
         for _ in 0..=MOST_REDIRECTS {
             let (mut connection, token) = self.open(&node).await?;
             match self.look(&node, &mut connection).await? {
-                Look::Here(id) => return Ok(Found { connection, token, host: node.host, id }),
+                Look::Here(id, in_cluster) => return Ok(Found { connection, token, host: node.host, id, in_cluster }),
                 Look::At(next) => node = next,
             }
         }
@@ -235,7 +240,7 @@ impl Nodes {
             .try_into()
             .map_err(|_| failed("it answers something else than was asked"))?;
         let [deleted, id, slots] = answers;
-        let is_cluster = slots.is_ok_and(|slots| self.learn(&node.host, slots));
+        let in_cluster = slots.is_ok_and(|slots| self.learn(&node.host, slots));
         match deleted {
             Err(error) if error.code() == Some("MOVED") => {
                 let (place, _) = error.redirect_node().ok_or_else(|| failed("it redirects to nowhere"))?;
@@ -246,8 +251,8 @@ impl Nodes {
             Err(error) if !matches!(error.code(), Some("ASK" | "NOPERM")) => return Err(error),
             _ => {}
         }
-        let id = id.ok().filter(|_| is_cluster).and_then(|id| redis::from_redis_value::<String>(id).ok());
-        Ok(Look::Here(id.unwrap_or_else(|| node.to_string())))
+        let id = id.ok().filter(|_| in_cluster).and_then(|id| redis::from_redis_value::<String>(id).ok());
+        Ok(Look::Here(id.unwrap_or_else(|| node.to_string()), in_cluster))
     }
 
     async fn primary(&self, sentinel: &Node, service: &str) -> RedisResult<Node> {
@@ -339,8 +344,8 @@ impl Manager for Nodes {
 
 /// What a node says about our keys.
 enum Look {
-    /// They are its own. By the name that it has for itself.
-    Here(String),
+    /// They are its own. By the name that it has for itself, and whether it is one of a cluster.
+    Here(String, bool),
     /// They are another's.
     At(Node),
 }
