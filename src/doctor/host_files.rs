@@ -15,7 +15,7 @@ use crate::{
 
 /// The setting that the handler reads the database's connection string from.
 const SQL: &str = "Sql";
-/// The SQL trigger reads this many rows at once unless host.json says otherwise.
+/// As many rows with photos stay below the default of INVALIDATE_MAX_BODY_BYTES.
 const MAX_BATCH: u64 = 1000;
 /// The host's own limit where host.json names none, on the plans that have one.
 const SHORTEST_TIMEOUT_S: u64 = 300;

@@ -1,5 +1,7 @@
-//! `ceiling`: actix-web answering one constant body with the handler's headers. Nothing that serves over actix-web can be
-//! faster. `BODY_BYTES`: how long the body is.
+//! `ceiling`: actix-web, as it is usually used, answering one constant body with the handler's headers. `BODY_BYTES`: how
+//! long the body is.
+//!
+//! The handler itself goes without `App` and could come out above it.
 
 use product_cache_bench::reference::{everything, found, number, serve};
 
