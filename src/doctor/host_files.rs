@@ -151,7 +151,7 @@ fn function(root: &Path, route: &Route) -> Vec<Finding> {
 fn http_trigger(route: &Route, trigger: &Value) -> Vec<Finding> {
     let mut findings = Vec::new();
     let methods = at(trigger, &["methods"]).and_then(Value::as_array);
-    let missing = route.methods.split(", ").filter(|method| {
+    let missing = route.methods.iter().copied().filter(|method| {
         let has = |methods: &Vec<Value>| {
             methods.iter().any(|has| has.as_str().is_some_and(|has| has.eq_ignore_ascii_case(method)))
         };
@@ -161,7 +161,7 @@ fn http_trigger(route: &Route, trigger: &Value) -> Vec<Finding> {
     if !missing.is_empty() {
         findings.push(Finding::warn(
             format!("{}/function.json lets no {} through", route.function, missing.join(", ")),
-            format!("methods should be {}", route.methods),
+            format!("methods should be {}", route.methods.join(", ")),
         ));
     }
     if let Some(route_text) = at(trigger, &["route"]).and_then(Value::as_str)

@@ -24,8 +24,8 @@ pub enum Error {
     #[error("{0}")]
     NotFound(String),
     /// Use one of these methods.
-    #[error("use {0}")]
-    MethodNotAllowed(&'static str),
+    #[error("use {}", .0.join(", "))]
+    MethodNotAllowed(&'static [&'static str]),
     /// Fetch the current version first.
     #[error("the product is another version than If-Match names")]
     PreconditionFailed,
@@ -94,7 +94,7 @@ impl Error {
         response.insert_header((header::CONTENT_TYPE, "application/problem+json"));
         response.insert_header((header::CACHE_CONTROL, "no-store"));
         match self {
-            Self::MethodNotAllowed(methods) => drop(response.insert_header((header::ALLOW, *methods))),
+            Self::MethodNotAllowed(methods) => drop(response.insert_header((header::ALLOW, methods.join(", ")))),
             Self::Unavailable(_) => drop(response.insert_header((header::RETRY_AFTER, RETRY_AFTER_S))),
             _ => {}
         }

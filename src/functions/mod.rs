@@ -126,8 +126,8 @@ pub(crate) struct Route {
     pub(crate) function: &'static str,
     /// Who may call it, and where.
     pub(crate) trigger: Trigger,
-    /// Allowed methods, as in an `Allow` header.
-    pub(crate) methods: &'static str,
+    /// Allowed methods.
+    pub(crate) methods: &'static [&'static str],
     at_once: AtOnce,
     later: Later,
 }
@@ -145,14 +145,14 @@ pub(crate) const ROUTES: &[Route] = &[
     Route {
         function: "GetProductById",
         trigger: Trigger::Http,
-        methods: "GET, HEAD",
+        methods: &["GET", "HEAD"],
         at_once: get_product_by_id::at_once,
         later: |app, head, _| get_product_by_id::later(app, head).boxed_local(),
     },
     Route {
         function: "InvalidateCache",
         trigger: Trigger::Host,
-        methods: "POST",
+        methods: &["POST"],
         at_once: |_, _| None,
         later: |app, head, payload| invalidate_cache::handle(app, head, payload).boxed_local(),
     },
@@ -216,7 +216,7 @@ fn find(app: &App, path: &str, head: &RequestHead, peer: Option<SocketAddr>) -> 
     if route.trigger == Trigger::Host && !is_from_host(head, peer) {
         return Err(nothing_here());
     }
-    if !route.methods.split(", ").any(|method| method == head.method.as_str()) {
+    if !route.methods.contains(&head.method.as_str()) {
         return Err(Error::MethodNotAllowed(route.methods));
     }
     Ok(route)
