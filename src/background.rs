@@ -24,6 +24,12 @@ pub fn panics() -> u64 {
     PANICS.load(Ordering::Relaxed)
 }
 
+/// How many threads run them, and loads. HTTP's workers have threads of their own; on few cores more threads behind them do
+/// little but wake each other.
+pub fn threads() -> usize {
+    (std::thread::available_parallelism().map_or(1, usize::from) / 2).max(1)
+}
+
 /// A running task; it stops when this is dropped.
 pub struct Task(AbortHandle);
 

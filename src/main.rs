@@ -10,6 +10,7 @@ use std::{
 
 use actix_web::{HttpServer, http::KeepAlive};
 use product_cache::{
+    background,
     config::{Config, Role},
     doctor,
     functions::{self, App},
@@ -73,7 +74,8 @@ fn serve() -> ExitCode {
         }
     };
     telemetry::init(&config.log_level, config.role);
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let threads = background::threads();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             tracing::error!(%error, "cannot start threads");

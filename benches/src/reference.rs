@@ -1,6 +1,6 @@
 //! What the handler is compared with: how these small servers listen, and the headers they all send.
 //!
-//! Server, workers, allocator, keep-alive and headers are the handler's own; only what a request costs differs.
+//! Server, threads, allocator, keep-alive and headers are the handler's own; only what a request costs differs.
 //! Settings: `HTTP_PORT`, `HTTP_WORKERS`, and each server's own in its file.
 
 use std::{io::Write, net::Ipv4Addr, time::Duration};
@@ -14,7 +14,7 @@ use actix_web::{
     web::{self, ServiceConfig},
 };
 use bytes::Bytes;
-use product_cache::config::Config;
+use product_cache::{background, config::Config};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -57,7 +57,8 @@ pub fn found(body: Bytes) -> HttpResponse {
 
 /// Listens until it is killed. `prepare` runs first and gives the routes.
 pub fn serve<C: Fn(&mut ServiceConfig) + Clone + Send + 'static>(prepare: impl Future<Output = C>) {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(background::threads()).enable_all().build();
     let run = async {
         let configure = prepare.await;
         let server = HttpServer::new(move || App::new().configure(configure.clone()))
