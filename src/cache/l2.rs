@@ -1,10 +1,11 @@
 //! L2: entries and leases in Redis, one hash per key, changed only by single-key commands and single-key scripts.
 //!
-//! Hash fields: `b` envelope, `l` when its load began, `f` fresh until, `t` lease token, `u` lease until, `a` when the
-//! leased load began, `d` how long the last load took; all times are Redis' own milliseconds, so instances' clocks never meet. Invariant (C3): `b` is
-//! written only by the holder of the current lease, and expiring takes `f` and the lease away in one step.
+//! Hash fields: `b` when its load began (14 digits), how long that took (10 digits) and the envelope, `f` fresh until, `t`
+//! lease token, `u` lease until, `a` when the leased load began; all times are Redis' own milliseconds, so instances'
+//! clocks never meet. Invariant (C3): `b` is written only by the holder of the current lease, and expiring takes `f` and
+//! the lease away in one step.
 
-use std::time::Duration;
+use std::{ops::Range, time::Duration};
 
 use bytes::Bytes;
 
@@ -19,17 +20,20 @@ use crate::{
 /// Fresh → the envelope. Leased by somebody → wait. Else the lease is the caller's. One round trip, atomic.
 const READ_OR_LEASE: &str = r"
 local token, lease, max_age, floor, want_stale = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
-local v = redis.call('HMGET', KEYS[1], 'b', 'l', 'f', 't', 'u', 'd')
+local v = redis.call('HMGET', KEYS[1], 'b', 'f', 't', 'u')
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local b, fresh_until = v[1] or '', tonumber(v[2])
+local loaded, took = tonumber(string.sub(b, 1, 14)), tonumber(string.sub(b, 15, 24))
+if not loaded or not took then b, loaded, took = '', now, 0 end
 -- Redis' clock may be set back, or be another one's after a failover.
-local age, took = math.max(0, now - tonumber(v[2] or now)), math.max(0, tonumber(v[6] or 0))
-if v[1] and v[3] and now < tonumber(v[3]) and now - age > floor and (max_age < 0 or age < max_age) then
-  return {'fresh', age, tonumber(v[3]) - now, took, v[1]}
+local age = math.max(0, now - loaded)
+if b ~= '' and fresh_until and now < fresh_until and now - age > floor and (max_age < 0 or age < max_age) then
+  return {'fresh', age, fresh_until - now, took, b}
 end
-local stale = want_stale == '1' and v[1] or ''
-local only_old = v[3] and now - age > floor and 1 or 0
-if v[4] and now < tonumber(v[5]) then return {'leased', age, only_old, took, stale} end
+local stale = want_stale == '1' and b or ''
+local only_old = fresh_until and now - age > floor and 1 or 0
+if v[3] and now < tonumber(v[4]) then return {'leased', age, only_old, took, stale} end
 redis.call('HSET', KEYS[1], 't', token, 'u', now + lease, 'a', now)
 if redis.call('PTTL', KEYS[1]) < lease then redis.call('PEXPIRE', KEYS[1], lease) end
 return {'yours', age, only_old, took, stale}
@@ -42,7 +46,8 @@ if v[1] ~= ARGV[1] then return 0 end
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 redis.call('HDEL', KEYS[1], 't', 'u', 'a')
-redis.call('HSET', KEYS[1], 'b', ARGV[2], 'l', v[2], 'f', now + tonumber(ARGV[3]), 'd', now - tonumber(v[2]))
+local took = math.min(math.max(0, now - tonumber(v[2])), 9999999999)
+redis.call('HSET', KEYS[1], 'b', string.format('%014d%010d', v[2], took) .. ARGV[2], 'f', now + tonumber(ARGV[3]))
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 return 1
 ";
@@ -52,6 +57,9 @@ const RELEASE: &str = r"
 if redis.call('HGET', KEYS[1], 't') ~= ARGV[1] then return 0 end
 return redis.call('HDEL', KEYS[1], 't', 'u', 'a')
 ";
+
+/// Digits in front of an envelope.
+const TIMES: usize = 24;
 
 /// The right to load a key for the whole cluster: proves to Redis that no expiry came since it was given.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,6 +95,16 @@ pub(super) enum Read {
     Yours(Token, Option<Copy>),
     /// What is under this name is none of ours: the caller is to load it, and cannot store it.
     Unusable,
+}
+
+/// What a look at a key shows.
+pub(super) enum Seen {
+    /// Usable.
+    Fresh(Copy),
+    /// Another instance is loading it.
+    Leased,
+    /// Neither, as far as can be seen.
+    Neither,
 }
 
 /// What became of a fill.
@@ -131,6 +149,38 @@ impl L2 {
         }
     }
 
+    /// Reads all keys in one round trip, by the same rules as [`READ_OR_LEASE`] and at a quarter of its price for Redis,
+    /// and takes no lease.
+    pub(super) async fn read(
+        &self,
+        keys: &[Key],
+        max_age: Option<Duration>,
+        floor_ms: u64,
+    ) -> Result<Vec<Seen>, Error> {
+        let mut commands: Vec<_> = keys
+            .iter()
+            .map(|key| {
+                let mut command = redis::cmd("HMGET");
+                command.arg(self.name(key)).arg(&["b", "f", "u"]);
+                command
+            })
+            .collect();
+        commands.push(redis::cmd("TIME")); // behind them, so that no entry is said to be younger than it is
+        let mut replies = self.redis.send(commands).await?;
+        let now_ms = replies.pop().and_then(Result::ok).and_then(milliseconds);
+        let wants = |loaded_ms: u64, now_ms: u64| {
+            let age_ms = now_ms.saturating_sub(loaded_ms);
+            let young = max_age.is_none_or(|max_age| u128::from(age_ms) < max_age.as_millis());
+            young && now_ms - age_ms > floor_ms
+        };
+        Ok(keys
+            .iter()
+            .zip(replies)
+            .map(|(key, reply)| seen(key, reply.ok()?, now_ms?, &wants))
+            .map(|seen| seen.unwrap_or(Seen::Neither))
+            .collect())
+    }
+
     /// Reads or leases all keys in one round trip. `max_age` accepts only younger entries; `floor_ms` (Redis' clock)
     /// only those whose load began later; stale copies come along if `want_stale`.
     pub(super) async fn read_or_lease(
@@ -163,7 +213,7 @@ impl L2 {
         let tokens: Vec<_> = keys.iter().map(|_| Token::draw()).collect();
         let max_age_ms = max_age.map_or(-1, |age| i64::try_from(age.as_millis()).unwrap_or(i64::MAX));
         if expire_first {
-            self.redis.send(&keys.iter().map(|key| self.expire(key)).collect::<Vec<_>>()).await?;
+            self.redis.send(keys.iter().map(|key| self.expire(key)).collect()).await?;
         }
         let calls = keys.iter().zip(&tokens).map(|(key, token)| {
             let mut call = self.read_or_lease.call(&self.name(key));
@@ -229,7 +279,7 @@ impl L2 {
             command.arg(self.name(key));
             command
         };
-        let kinds = self.redis.send(&keys.iter().map(|key| command("TYPE", key)).collect::<Vec<_>>()).await;
+        let kinds = self.redis.send(keys.iter().map(|key| command("TYPE", key)).collect()).await;
         let foreign: Vec<_> = keys
             .iter()
             .zip(kinds.unwrap_or_default())
@@ -241,7 +291,7 @@ impl L2 {
                 keys = foreign.len(),
                 "redis: values that are not ours stood under our names and are removed"
             );
-            let _ = self.redis.send(&foreign).await;
+            let _ = self.redis.send(foreign).await;
         }
     }
 
@@ -249,7 +299,7 @@ impl L2 {
     pub(super) async fn note(&self, name: &str) -> Result<Option<String>, Error> {
         let mut command = redis::cmd("GET");
         command.arg(self.config.key(name));
-        let reply = self.redis.send(&[command]).await?.into_iter().next();
+        let reply = self.redis.send(vec![command]).await?.into_iter().next();
         // Somebody else's value is as good as none.
         Ok(reply.and_then(Result::ok).and_then(|reply| redis::from_redis_value(reply).ok()).flatten())
     }
@@ -258,7 +308,7 @@ impl L2 {
     pub(super) async fn keep_note(&self, name: &str, text: &str) -> bool {
         let mut command = redis::cmd("SET");
         command.arg(self.config.key(name)).arg(text);
-        self.redis.send(&[command]).await.is_ok_and(|replies| replies.iter().all(Result::is_ok))
+        self.redis.send(vec![command]).await.is_ok_and(|replies| replies.iter().all(Result::is_ok))
     }
 
     fn name(&self, key: &Key) -> String {
@@ -266,12 +316,39 @@ impl L2 {
     }
 }
 
+/// What `TIME` answers.
+fn milliseconds(reply: Value) -> Option<u64> {
+    let (seconds, microseconds): (u64, u64) = redis::from_redis_value(reply).ok()?;
+    Some(seconds * 1000 + microseconds / 1000)
+}
+
+/// What a key's fields say at this time; `None` if nothing.
+fn seen(key: &Key, reply: Value, now_ms: u64, wants: &impl Fn(u64, u64) -> bool) -> Option<Seen> {
+    let (stored, fresh_until_ms, leased_until_ms): (Option<Vec<u8>>, Option<u64>, Option<u64>) =
+        redis::from_redis_value(reply).ok()?;
+    let fresh = || {
+        let left_ms = fresh_until_ms?.checked_sub(now_ms).filter(|left_ms| *left_ms > 0)?;
+        let stored = Bytes::from(stored?);
+        let number = |digits: Range<usize>| std::str::from_utf8(stored.get(digits)?).ok()?.parse::<u64>().ok();
+        let (loaded_ms, took_ms) = (number(0..14).filter(|loaded_ms| wants(*loaded_ms, now_ms))?, number(14..TIMES)?);
+        Some(Copy {
+            entry: entry::decode(key, stored.slice(TIMES..))?,
+            age: Duration::from_millis(now_ms.saturating_sub(loaded_ms)),
+            left: Duration::from_millis(left_ms),
+            took: Duration::from_millis(took_ms),
+            only_old: false,
+        })
+    };
+    fresh().map(Seen::Fresh).or_else(|| (now_ms < leased_until_ms?).then_some(Seen::Leased))
+}
+
 /// What a reply says; `None` if it is a fresh envelope that cannot be used.
 fn read(key: &Key, token: Token, reply: Value) -> Option<Read> {
     let reply: Result<(String, u64, u64, u64, Vec<u8>), _> = redis::from_redis_value(reply);
-    let Ok((state, age_ms, left_ms, took_ms, envelope)) = reply else { return Some(Read::Unusable) };
+    let Ok((state, age_ms, left_ms, took_ms, stored)) = reply else { return Some(Read::Unusable) };
     let fresh = state == "fresh";
-    let copy = entry::decode(key, Bytes::from(envelope)).map(|entry| Copy {
+    let envelope = (stored.len() > TIMES).then(|| Bytes::from(stored).slice(TIMES..));
+    let copy = envelope.and_then(|envelope| entry::decode(key, envelope)).map(|entry| Copy {
         entry,
         age: Duration::from_millis(age_ms),
         left: Duration::from_millis(if fresh { left_ms } else { 0 }),

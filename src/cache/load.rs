@@ -1,7 +1,7 @@
 //! The way of a flight: Redis, else the lease, else another instance's load, else the database; then the fill.
 //!
-//! Runs apart from the readers, so that a client that goes away ends nothing. Takes one key or a batch alike: one
-//! round trip to Redis and one query for all of them. Invariants: C2 and the Redis half of C3; S1, whatever Redis does
+//! Looking into Redis is the reader's own first step; all that follows runs apart from it, so that a client that goes away
+//! ends no load. Takes one key or a batch alike: one round trip to Redis and one query for all of them. Invariants: C2 and the Redis half of C3; S1, whatever Redis does
 //! costs time but never the answer.
 
 use std::{collections::HashMap, panic::AssertUnwindSafe, sync::Arc, time::Duration};
@@ -13,13 +13,14 @@ use tokio::time::{Instant, sleep, timeout};
 use super::{
     Entry, Failure, How, Inner, Key, Level, Load,
     gate::Outcome,
-    l2::{Copy, Fill, Filled, L2, Read, Token},
-    memory::{Guard, Purpose, Stored, duration, span},
+    l2::{Copy, Fill, Filled, L2, Read, Seen, Token},
+    memory::{Guard, Moment, Purpose, Stored, duration, span},
 };
 
-/// Pauses between two looks at another instance's load: a load takes a few milliseconds, so the first looks are
-/// close; each costs Redis one command.
-const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(25));
+/// Least pause between two looks at another instance's load; each costs Redis one command.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
+/// Pauses grow with the wait, so that what was delivered is seen at most this part of the wait later.
+const PART_OF_WAIT: u32 = 8;
 
 /// A flight on its way.
 struct Under {
@@ -33,6 +34,46 @@ impl Under {
     fn new(guard: Guard) -> Self {
         Self { guard, token: None, stale: None }
     }
+}
+
+/// Ends those of these flights whose entry is fresh in Redis; returns the others. Holds nothing but the flights, so a reader
+/// may drop it: another one leads anew.
+pub(super) async fn look_for_fresh(cache: &Arc<Inner>, guards: Vec<Guard>) -> Vec<Guard> {
+    cache.first_hearing().await;
+    let Some(remote) = &cache.shared else { return guards };
+    // What was expired here was expired there, too, and what is to be refreshed has to be leased.
+    let (unknown, known): (Vec<_>, Vec<_>) =
+        guards.into_iter().partition(|guard| cache.trusts_redis_with(&guard.key) && !cache.memory.holds(&guard.key));
+    let (free, leased) = see(cache, &remote.l2, unknown.into_iter().map(Under::new).collect()).await;
+    free.into_iter().chain(leased).map(|under| under.guard).chain(known).collect()
+}
+
+/// Looks at these keys in Redis, once: ends what is fresh there; returns what nobody is loading, and what others are.
+async fn see(cache: &Inner, l2: &L2, flights: Vec<Under>) -> (Vec<Under>, Vec<Under>) {
+    let Some(max_age) = flights.first().map(|under| under.guard.flight.max_age) else { return (flights, Vec::new()) };
+    let keys: Vec<_> = flights.iter().map(|under| under.guard.key).collect();
+    let sent = cache.memory.now();
+    let Ok(seen) = l2.read(&keys, max_age, cache.floor_ms()).await else {
+        return (flights, Vec::new()); // the keeper says what is wrong with the connection
+    };
+    let (mut free, mut leased) = (Vec::new(), Vec::new());
+    for (under, seen) in flights.into_iter().zip(seen) {
+        match seen {
+            Seen::Fresh(copy) => land_copy(cache, under.guard, copy, sent),
+            Seen::Leased => leased.push(under),
+            Seen::Neither => free.push(under),
+        }
+    }
+    (free, leased)
+}
+
+/// Ends a flight with what Redis holds, as of `sent`.
+fn land_copy(cache: &Inner, guard: Guard, copy: Copy, sent: Moment) {
+    // Redis counts whole milliseconds, so its entry is up to one older than it says.
+    let born = sent - span(copy.age + Duration::from_millis(1));
+    let fresh = copy.left.min(duration_of(&copy.entry, cache.config.l1_duration, cache));
+    let stored = cache.memory.stored(copy.entry, born, fresh, copy.took, &guard.flight);
+    guard.land(stored, How::hit(Level::Redis), true, false);
 }
 
 /// Ends every one of these flights.
@@ -73,14 +114,7 @@ async fn look(cache: &Arc<Inner>, l2: &L2, flights: Vec<Under>, want_stale: bool
             under.stale = Some(stale);
         };
         match read {
-            Read::Fresh(copy) => {
-                // Redis counts whole milliseconds, so its entry is up to one older than it says.
-                let born = sent - span(copy.age + Duration::from_millis(1));
-                let longest = duration_of(&copy.entry, cache.config.l1_duration, cache);
-                let stored =
-                    cache.memory.stored(copy.entry, born, copy.left.min(longest), copy.took, &under.guard.flight);
-                under.guard.land(stored, How::hit(Level::Redis), true, false);
-            }
+            Read::Fresh(copy) => land_copy(cache, under.guard, copy, sent),
             Read::Yours(token, stale) => {
                 under.token = Some(token);
                 keep(&mut under, stale);
@@ -98,15 +132,17 @@ async fn look(cache: &Arc<Inner>, l2: &L2, flights: Vec<Under>, want_stale: bool
 
 /// Waits for other instances' loads; returns what is to be loaded after all: the lease came free, or nobody delivered.
 async fn wait(cache: &Arc<Inner>, l2: &L2, mut theirs: Vec<Under>) -> Vec<Under> {
-    let deadline = Instant::now() + cache.config.lease_wait;
+    let began = Instant::now();
     let mut late = Vec::new();
-    let (mut pause, longest) = LOOK_AGAIN;
-    while !theirs.is_empty() && Instant::now() < deadline {
-        sleep(pause).await;
-        pause = (pause * 2).min(longest);
-        let (ours, still) = look(cache, l2, theirs, false).await;
-        late.extend(ours);
-        theirs = still;
+    while !theirs.is_empty() && began.elapsed() < cache.config.lease_wait {
+        sleep((began.elapsed() / PART_OF_WAIT).max(LOOK_AGAIN)).await;
+        let (free, leased) = see(cache, l2, theirs).await;
+        theirs = leased;
+        if !free.is_empty() {
+            let (ours, leased) = look(cache, l2, free, false).await;
+            late.extend(ours);
+            theirs.extend(leased);
+        }
     }
     // A refresh that another instance did not deliver is dropped: what is in memory is still fresh.
     late.extend(theirs.into_iter().filter(|under| under.guard.flight.purpose == Purpose::Miss));

@@ -164,7 +164,7 @@ impl Log {
     async fn tail(&self) -> Result<Option<Notice>, Error> {
         let mut command = redis::cmd("XREVRANGE");
         command.arg(&self.name).arg("+").arg("-").arg("COUNT").arg(1);
-        let reply: StreamRangeReply = only(self.redis.send_on_log(&[command], Duration::ZERO).await?)?;
+        let reply: StreamRangeReply = only(self.redis.send_on_log(vec![command], Duration::ZERO).await?)?;
         reply.ids.into_iter().next().map(|entry| self.notice(entry)).transpose()
     }
 
@@ -233,7 +233,7 @@ impl Reader<'_> {
             command.arg("BLOCK").arg(block.as_millis() as u64);
         }
         command.arg("STREAMS").arg(&self.log.name).arg(position.to_string());
-        let reply: Option<StreamReadReply> = only(self.log.redis.send_on_log(&[command], block).await?)?;
+        let reply: Option<StreamReadReply> = only(self.log.redis.send_on_log(vec![command], block).await?)?;
         let entries = reply.and_then(|reply| reply.keys.into_iter().next()).map_or_else(Vec::new, |key| key.ids);
         if entries.is_empty() {
             return self.check_tail(position).await;

@@ -26,7 +26,7 @@ use self::primitives::{
     atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
 };
 use quick_cache::{OptionsBuilder, Weighter, sync};
-use tokio::{sync::watch, time::Instant};
+use tokio::{sync::Notify, time::Instant};
 
 use super::{Answer, Failure, How, Key, LARGEST_SHARE, Level, Stale, entry::Entry};
 use crate::config;
@@ -112,7 +112,8 @@ pub(super) struct Flight {
     old: OnceLock<Arc<Stored>>,
     epoch: u64,
     overtaken: AtomicBool,
-    landed: watch::Sender<Option<Landed>>,
+    landed: OnceLock<Landed>,
+    has_landed: Notify,
 }
 
 impl Flight {
@@ -121,13 +122,20 @@ impl Flight {
         let _ = self.old.set(old);
     }
 
-    /// Waits for the end; `None` if the load was abandoned (it panicked or was stopped).
-    pub(super) async fn landed(&self, mut results: watch::Receiver<Option<Landed>>) -> Option<Landed> {
-        results.wait_for(Option::is_some).await.ok().and_then(|landed| landed.clone())
+    /// Waits for the end, which always comes: see [`Guard`].
+    pub(super) async fn landed(&self) -> Landed {
+        loop {
+            let has_landed = self.has_landed.notified(); // from here on no end is missed
+            if let Some(landed) = self.landed.get() {
+                return landed.clone();
+            }
+            has_landed.await;
+        }
     }
 
-    pub(super) fn watch(&self) -> watch::Receiver<Option<Landed>> {
-        self.landed.subscribe()
+    fn land(&self, result: Result<Answer, Failure>, overtaken: bool) {
+        let _ = self.landed.set(Landed { result, overtaken });
+        self.has_landed.notify_waiters();
     }
 }
 
@@ -240,6 +248,11 @@ impl Memory {
         })
     }
 
+    /// Whether there is an entry, fresh or not.
+    pub(super) fn holds(&self, key: &Key) -> bool {
+        self.entries.peek(key).is_some()
+    }
+
     /// Whether a fresh answer is close enough to its end to be loaded anew: XFetch (Vattani, Chierichetti and
     /// Lowenstein, "Optimal Probabilistic Cache Stampede Prevention", 2015), so that the longer a load takes and the
     /// more often an entry is read, the likelier one reader loads it in time.
@@ -343,7 +356,8 @@ impl Memory {
             old: OnceLock::new(),
             epoch,
             overtaken: AtomicBool::new(false),
-            landed: watch::Sender::new(None),
+            landed: OnceLock::new(),
+            has_landed: Notify::new(),
         })
     }
 
@@ -413,7 +427,7 @@ impl Guard {
         }
         drop(flights);
         let answer = Answer::new(stored, How { stored: kept, ..how }, self.memory.now());
-        self.flight.landed.send_replace(Some(Landed { result: Ok(answer), overtaken }));
+        self.flight.land(Ok(answer), overtaken);
     }
 
     /// Ends the flight with a failure: a stale copy, if there is one, is the answer until the throttle's time is over.
@@ -433,7 +447,7 @@ impl Guard {
             }
         };
         drop(flights);
-        self.flight.landed.send_replace(Some(Landed { result, overtaken }));
+        self.flight.land(result, overtaken);
     }
 
     /// Takes the flight out of the table; `false` if an expiry has overtaken it.
@@ -448,10 +462,9 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        if self.flight.landed.borrow().is_none() {
+        if self.flight.landed.get().is_none() {
             self.leave(&mut self.memory.flights(&self.key));
-            let failure = Failure::Broken("the load was abandoned".to_owned());
-            self.flight.landed.send_replace(Some(Landed { result: Err(failure), overtaken: true }));
+            self.flight.land(Err(Failure::Broken("the load was abandoned".to_owned())), true);
         }
     }
 }

@@ -280,7 +280,7 @@ impl Cache {
     /// The answers for all these keys, in order: from memory, else from Redis (one round trip for all), else from the
     /// database (one query for all, at most one per key in the cluster).
     ///
-    /// Dropping the future ends the wait, not the load. Waits as long as the loads do: callers set a deadline and fall
+    /// Dropping the future ends the wait, not a load from the database. Waits as long as the loads do: callers set a deadline and fall
     /// back to [`Cache::get_stale`].
     pub async fn get_or_load(
         &self,
@@ -291,7 +291,7 @@ impl Cache {
         let arrived = self.inner.memory.now();
         let mut leads = Vec::new();
         let joined: Vec<_> = keys.iter().map(|key| Wait::join(&self.inner.memory, *key, max_age, &mut leads)).collect();
-        self.inner.fly(leads, load);
+        self.inner.fly(load::look_for_fresh(&self.inner, leads).await, load);
         join_all(keys.iter().zip(joined).map(|(key, wait)| self.settle(*key, wait, arrived, max_age, load))).await
     }
 
@@ -394,38 +394,32 @@ impl Cache {
     ) -> Result<Answer, Failure> {
         let mut last = Failure::Unavailable("the entry is expired faster than it can be loaded".to_owned());
         for _ in 0..ATTEMPTS {
-            let landed = match wait {
+            let (flight, collapsed) = match wait {
                 Wait::Ready(answer) => return Ok(answer),
-                Wait::For { flight, results, collapsed } => {
-                    let landing = flight.landed(results);
-                    tokio::pin!(landing);
-                    let landed = match self.patience(arrived, max_age) {
-                        None => landing.await,
-                        Some(patience) => match tokio::time::timeout(patience, &mut landing).await {
-                            Ok(landed) => landed,
-                            Err(_) => match self.inner.memory.old(&key, &flight) {
-                                Some(answer) => return Ok(answer),
-                                None => landing.await,
-                            },
-                        },
-                    };
-                    landed.map(|landed| (landed, flight.began, collapsed))
-                }
+                Wait::For { flight, collapsed } => (flight, collapsed),
             };
-            if let Some((landed, began, collapsed)) = landed {
-                match landed.result {
-                    Ok(answer) => {
-                        let born_since = answer.stored.born >= arrived;
-                        // C3: what began after this reader came is good for it, whatever happened meanwhile.
-                        let current = !landed.overtaken || began >= arrived || born_since;
-                        let young = max_age.is_none_or(|max_age| born_since || answer.age() < max_age);
-                        if current && (young || answer.how.stale.is_some()) {
-                            return Ok(Answer { how: How { collapsed, ..answer.how }, ..answer });
-                        }
+            let landed = match self.patience(arrived, max_age) {
+                None => flight.landed().await,
+                Some(patience) => match tokio::time::timeout(patience, flight.landed()).await {
+                    Ok(landed) => landed,
+                    Err(_) => match self.inner.memory.old(&key, &flight) {
+                        Some(answer) => return Ok(answer),
+                        None => flight.landed().await,
+                    },
+                },
+            };
+            match landed.result {
+                Ok(answer) => {
+                    let born_since = answer.stored.born >= arrived;
+                    // C3: what began after this reader came is good for it, whatever happened meanwhile.
+                    let current = !landed.overtaken || flight.began >= arrived || born_since;
+                    let young = max_age.is_none_or(|max_age| born_since || answer.age() < max_age);
+                    if current && (young || answer.how.stale.is_some()) {
+                        return Ok(Answer { how: How { collapsed, ..answer.how }, ..answer });
                     }
-                    Err(failure) if !landed.overtaken => return Err(failure),
-                    Err(failure) => last = failure,
                 }
+                Err(failure) if !landed.overtaken => return Err(failure),
+                Err(failure) => last = failure,
             }
             let mut leads = Vec::new();
             wait = Wait::join(&self.inner.memory, key, max_age, &mut leads);
@@ -466,12 +460,7 @@ pub struct Status {
 /// A reader's place.
 enum Wait {
     Ready(Answer),
-    For {
-        flight: Arc<memory::Flight>,
-        /// Subscribed before the flight can end.
-        results: tokio::sync::watch::Receiver<Option<memory::Landed>>,
-        collapsed: bool,
-    },
+    For { flight: Arc<memory::Flight>, collapsed: bool },
 }
 
 impl Wait {
@@ -485,8 +474,7 @@ impl Wait {
                 (flight, false)
             }
         };
-        let results = flight.watch();
-        Self::For { flight, results, collapsed }
+        Self::For { flight, collapsed }
     }
 }
 

@@ -142,14 +142,14 @@ impl Redis {
     /// Sends commands in one round trip over a shared connection and returns each one's own result.
     ///
     /// Fails at once while no shared connection is up, except before the very first attempt to connect has ended.
-    pub async fn send(&self, commands: &[Cmd]) -> Result<Vec<RedisResult<Value>>, Error> {
-        Ok(self.live().await?.send(commands, None, None).await?.replies)
+    pub async fn send(&self, commands: Vec<Cmd>) -> Result<Vec<RedisResult<Value>>, Error> {
+        Ok(self.live().await?.send(&pipeline(commands), None, None).await?.replies)
     }
 
     /// Sends calls of one script in one round trip; where Redis lacks the script (restarted, or its script cache
     /// flushed), loads it and repeats the calls that missed it.
     pub async fn send_script(&self, script: &Lua, calls: Vec<Cmd>) -> Result<Vec<RedisResult<Value>>, Error> {
-        Ok(self.run(script, &calls).await?.replies)
+        Ok(self.run(script, &pipeline(calls)).await?.replies)
     }
 
     /// Sends commands and then a script's call, in one round trip. Whoever sees what the call did sees what the
@@ -161,21 +161,20 @@ impl Redis {
         call: Cmd,
     ) -> Result<Vec<RedisResult<Value>>, Error> {
         let last = before.len();
-        let commands: Vec<_> = before.into_iter().chain([call]).collect();
-        let mut sent = self.run(script, &commands).await?;
+        let again = call.clone();
+        let mut sent = self.run(script, &pipeline(before.into_iter().chain([call]))).await?;
         if sent.detoured.iter().any(|index| *index < last) {
             sent.replies.truncate(last);
-            sent.replies.append(&mut self.run(script, &commands[last..]).await?.replies);
+            sent.replies.append(&mut self.run(script, &pipeline([again])).await?.replies);
         }
         Ok(sent.replies)
     }
 
-    async fn run(&self, script: &Lua, commands: &[Cmd]) -> Result<Sent, Error> {
+    async fn run(&self, script: &Lua, commands: &Pipeline) -> Result<Sent, Error> {
         let mut sent = self.live().await?.send(commands, Some(script), None).await?;
         let missed: Vec<_> = (0..commands.len()).filter(|index| is_missing_script(&sent.replies[*index])).collect();
         if !missed.is_empty() {
-            let again: Vec<_> =
-                std::iter::once(script.load()).chain(missed.iter().map(|index| commands[*index].clone())).collect();
+            let again = pipeline(std::iter::once(script.load()).chain(these(commands, &missed)));
             let repeated = self.live().await?.send(&again, Some(script), None).await?.replies.into_iter().skip(1);
             for (index, reply) in missed.into_iter().zip(repeated) {
                 sent.replies[index] = reply;
@@ -197,9 +196,9 @@ impl Redis {
 
     /// Sends commands over the invalidation log's connection, whose answers may take `patience` longer than usual if it
     /// holds a blocking read. With frugal settings it is the shared one, on which nothing must block.
-    pub async fn send_on_log(&self, commands: &[Cmd], patience: Duration) -> Result<Vec<RedisResult<Value>>, Error> {
+    pub async fn send_on_log(&self, commands: Vec<Cmd>, patience: Duration) -> Result<Vec<RedisResult<Value>>, Error> {
         let live = self.inner.log.live().await.ok_or(Error::Disconnected)?;
-        Ok(live.send(commands, None, Some(patience + self.inner.response_timeout)).await?.replies)
+        Ok(live.send(&pipeline(commands), None, Some(patience + self.inner.response_timeout)).await?.replies)
     }
 
     /// Waits until the log's connection is up.
@@ -289,17 +288,12 @@ impl Live {
         })
     }
 
-    async fn send(&self, commands: &[Cmd], script: Option<&Lua>, patience: Option<Duration>) -> Result<Sent, Error> {
-        let mut pipeline = Pipeline::with_capacity(commands.len());
-        pipeline.ignore_errors();
-        for command in commands {
-            pipeline.add_command(command.clone());
-        }
+    async fn send(&self, commands: &Pipeline, script: Option<&Lua>, patience: Option<Duration>) -> Result<Sent, Error> {
         let mut connection = self.connection.clone();
         if let Some(patience) = patience {
             connection.set_response_timeout(patience);
         }
-        match pipeline.query_async::<Vec<RedisResult<Value>>>(&mut connection).await {
+        match commands.query_async::<Vec<RedisResult<Value>>>(&mut connection).await {
             Ok(mut replies) => {
                 if self.timeouts.load(Ordering::Relaxed) != 0 {
                     self.timeouts.store(0, Ordering::Relaxed);
@@ -331,7 +325,7 @@ impl Live {
     /// its way to another node, its keys are at either; which is known only to the one that still owns the slot.
     async fn take_detour(
         &self,
-        commands: &[Cmd],
+        commands: &Pipeline,
         replies: &mut [RedisResult<Value>],
         script: Option<&Lua>,
         patience: Option<Duration>,
@@ -344,15 +338,9 @@ impl Live {
         if let Some(patience) = patience {
             connection.set_response_timeout(patience);
         }
-        let mut pipeline = redis::pipe();
-        pipeline.ignore_errors();
-        if let Some(script) = script {
-            pipeline.add_command(script.load());
-        }
-        for index in &asked {
-            pipeline.cmd("ASKING").add_command(commands[*index].clone());
-        }
-        match pipeline.query_async::<Vec<RedisResult<Value>>>(&mut connection).await {
+        let again = these(commands, &asked).flat_map(|command| [redis::cmd("ASKING"), command]);
+        let again = pipeline(script.map(Lua::load).into_iter().chain(again));
+        match again.query_async::<Vec<RedisResult<Value>>>(&mut connection).await {
             Ok(answers) => {
                 let answers = answers.into_iter().skip(usize::from(script.is_some()) + 1).step_by(2);
                 for (index, answer) in asked.iter().zip(answers) {
@@ -459,6 +447,21 @@ async fn keep(line: Arc<Line>, pool: Pool<Nodes>, detour: Arc<Detour>) {
         tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
         pause = (pause * 2).min(longest);
     }
+}
+
+/// Commands that are sent together and answered one by one.
+fn pipeline(commands: impl IntoIterator<Item = Cmd>) -> Pipeline {
+    let mut pipeline = redis::pipe();
+    pipeline.ignore_errors();
+    for command in commands {
+        pipeline.add_command(command);
+    }
+    pipeline
+}
+
+/// Those of these commands that have one of these places.
+fn these(commands: &Pipeline, places: &[usize]) -> impl Iterator<Item = Cmd> {
+    commands.cmd_iter().enumerate().filter(|(place, _)| places.contains(place)).map(|(_, command)| command.clone())
 }
 
 fn is_missing_script(reply: &RedisResult<Value>) -> bool {

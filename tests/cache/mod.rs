@@ -363,17 +363,21 @@ async fn an_expiry_that_redis_cannot_be_told_of_is_queued_and_delivered_when_it_
 #[tokio::test]
 async fn an_instance_does_not_believe_redis_about_a_key_whose_expiry_it_still_has_to_deliver() {
     let redis = RedisServer::start().await;
-    let truth = Truth::new(&[(1, 10)]);
+    let truth = Truth::new(&[(1, 10), (2, 20)]);
     let node = Node::hearing(&truth, &redis.url(), &[]).await;
     node.value(1).await;
+    Node::hearing(&truth, &redis.url(), &[]).await.value(2).await; // which the first one has nothing of
     truth.set(1, 11);
+    truth.set(2, 21);
     // Expiries fail from here on; reads do not, and still find the old entry fresh.
     redis.command(&["ACL", "SETUSER", "default", "-hdel"]).await;
-    assert!(node.cache.expire(&[key(1)], Duration::from_millis(200)).await.is_err());
+    assert!(node.cache.expire(&[key(1), key(2)], Duration::from_millis(200)).await.is_err());
     let other = Node::new(&truth, Some(&redis.url()), &[]);
     assert_eq!(other.value(1).await, Some(10), "others cannot know");
-    let answer = node.read(1).await;
-    assert_eq!((value(&answer), answer.how().level), (Some(11), Level::Database));
+    for (id, new) in [(1, 11), (2, 21)] {
+        let answer = node.read(id).await;
+        assert_eq!((value(&answer), answer.how().level), (Some(new), Level::Database));
+    }
     redis.command(&["ACL", "SETUSER", "default", "+hdel"]).await;
     eventually("it is delivered", async || (node.cache.status().expiries_queued == 0).then_some(())).await;
     eventually("and heard", async || (other.value(1).await == Some(11)).then_some(())).await;
@@ -474,7 +478,10 @@ async fn a_redis_clock_that_went_back_costs_nothing_but_age() {
     let truth = Truth::new(&[(1, 10)]);
     Node::hearing(&truth, &redis.url(), &[]).await.value(1).await;
     let now_ms = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis();
-    redis.command(&["HSET", "{product-cache}:thing:1", "l", &(now_ms + 60_000).to_string()]).await;
+    let stored: Vec<u8> =
+        redis::from_redis_value(redis.command(&["HGET", "{product-cache}:thing:1", "b"]).await).unwrap();
+    let later = [format!("{:014}", now_ms + 60_000).as_bytes(), &stored[14..]].concat();
+    redis.command(&[b"HSET", "{product-cache}:thing:1".as_bytes(), b"b", &later]).await;
     let node = Node::hearing(&truth, &redis.url(), &[]).await;
     assert_eq!(node.value(1).await, Some(10));
     truth.set(1, 11);
@@ -514,6 +521,11 @@ async fn max_age_asks_redis_and_the_database_afresh() {
     assert_eq!(ask(Some(Duration::ZERO)).await, Some(11));
     assert_eq!(ask(None).await, Some(11), "what was asked for afresh is kept");
     assert_eq!(truth.loads(), 2);
+    truth.set(1, 12);
+    // One that has nothing in memory looks into Redis by another way.
+    let new = Node::hearing(&truth, &redis.url(), &[]).await;
+    let afresh = new.cache.get_or_load(&[key(1)], Some(Duration::ZERO), &new.load).await.remove(0).unwrap();
+    assert_eq!(value(&afresh), Some(12));
 }
 
 #[tokio::test]
@@ -553,14 +565,20 @@ async fn damaged_entries_in_redis_are_misses_and_are_replaced() {
     let redis = RedisServer::start().await;
     let truth = Truth::new(&[(1, 10)]);
     Node::hearing(&truth, &redis.url(), &[]).await.value(1).await;
-    redis.command(&["HSET", "{product-cache}:thing:1", "b", "noise"]).await;
-    assert_eq!(Node::hearing(&truth, &redis.url(), &[]).await.value(1).await, Some(10));
-    assert_eq!(truth.loads(), 2);
-    assert_eq!(
-        Node::hearing(&truth, &redis.url(), &[]).await.read(1).await.how().level,
-        Level::Redis,
-        "it is whole again"
-    );
+    let whole: Vec<u8> =
+        redis::from_redis_value(redis.command(&["HGET", "{product-cache}:thing:1", "b"]).await).unwrap();
+    let flipped = [&whole[..whole.len() - 1], &[whole[whole.len() - 1] ^ 1]].concat();
+    let (cut, without_times) = (&whole[..30], &whole[24..]);
+    for (loads, damaged) in [&b"noise"[..], b"", &flipped, cut, without_times].into_iter().enumerate() {
+        redis.command(&[b"HSET", "{product-cache}:thing:1".as_bytes(), b"b", damaged]).await;
+        assert_eq!(Node::hearing(&truth, &redis.url(), &[]).await.value(1).await, Some(10));
+        assert_eq!(truth.loads(), loads + 2);
+        assert_eq!(
+            Node::hearing(&truth, &redis.url(), &[]).await.read(1).await.how().level,
+            Level::Redis,
+            "it is whole again"
+        );
+    }
     redis.command(&["SET", "{product-cache}:thing:1", "of another type"]).await;
     assert_eq!(Node::hearing(&truth, &redis.url(), &[]).await.value(1).await, Some(10));
 }

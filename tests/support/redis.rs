@@ -1,10 +1,12 @@
 //! A private Redis server.
 
 use std::{
+    fmt,
     process::{Child, Command, Stdio},
     time::Duration,
 };
 
+use redis::ToRedisArgs;
 use tempfile::TempDir;
 use tokio::time::timeout;
 
@@ -69,16 +71,16 @@ impl RedisServer {
     }
 
     /// Runs a command on a connection of its own.
-    pub async fn command(&self, words: &[&str]) -> redis::Value {
+    pub async fn command<T: ToRedisArgs + fmt::Debug>(&self, words: &[T]) -> redis::Value {
         self.try_command(words).await.unwrap_or_else(|error| panic!("{words:?}: {error}"))
     }
 
-    pub async fn try_command(&self, words: &[&str]) -> redis::RedisResult<redis::Value> {
+    pub async fn try_command<T: ToRedisArgs>(&self, words: &[T]) -> redis::RedisResult<redis::Value> {
         let client = redis::Client::open(self.url())?;
         let run = async {
             let mut connection = client.get_multiplexed_async_connection().await?;
-            let mut command = redis::cmd(words[0]);
-            command.arg(&words[1..]);
+            let mut command = redis::Cmd::new();
+            command.arg(words);
             command.query_async(&mut connection).await
         };
         timeout(Duration::from_secs(2), run).await.unwrap_or_else(|_| Err((redis::ErrorKind::Io, "late").into()))

@@ -264,9 +264,8 @@ fn a_refresh_that_an_expiry_overtakes_is_not_kept() {
         let Some(answer) = world.memory().get(&key(0), None) else { return };
         let Some(guard) = world.memory().refresh(key(0), &answer) else { return };
         let flight = guard.flight.clone();
-        let results = flight.watch();
         world.cache.inner.fly(vec![guard], &world.load());
-        block_on(flight.landed(results)).expect("it landed");
+        block_on(flight.landed());
     }
     let refresh = || {
         part(|world| {
@@ -343,7 +342,6 @@ fn an_abandoned_flight_wakes_its_readers_and_one_of_them_leads() {
                 Joined::Wait(flight) => (flight, None),
                 Joined::Lead(guard) => (guard.flight.clone(), Some(guard)),
             };
-            let results = flight.watch();
             match lead {
                 Some(guard) if lets_go > 0 => {
                     lets_go -= 1;
@@ -355,7 +353,7 @@ fn an_abandoned_flight_wakes_its_readers_and_one_of_them_leads() {
                 }
                 None => {}
             }
-            let landed = block_on(flight.landed(results)).expect("the sender lives as long as the flight");
+            let landed = block_on(flight.landed());
             if let (Ok(answer), false) = (landed.result, landed.overtaken) {
                 return world.check(0, floor, &answer);
             }
