@@ -253,20 +253,16 @@ impl Asked {
     /// Reads `productid`, in whatever case; several ids are separated by commas, or the parameter is repeated (which a
     /// forwarding host turns into the former).
     fn parse(query: &str) -> Result<Self, &'static str> {
-        match query.bytes().any(|byte| matches!(byte, b'%' | b'+')) {
-            true => Self::from_pairs(url::form_urlencoded::parse(query.as_bytes())),
-            // Nothing to decode, as nearly always.
-            false => Self::from_pairs(query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")))),
+        // As nearly all are written.
+        if let Some(id) = query.strip_prefix(PARAMETER).and_then(|rest| ProductId::parse(rest.strip_prefix('=')?)) {
+            return Ok(Self::One(id));
         }
-    }
-
-    fn from_pairs<T: AsRef<str>>(pairs: impl Iterator<Item = (T, T)>) -> Result<Self, &'static str> {
         let (mut only, mut ids) = (None, Vec::new()); // one id takes no list
-        for (name, value) in pairs {
-            if !name.as_ref().eq_ignore_ascii_case(PARAMETER) {
+        for (name, value) in url::form_urlencoded::parse(query.as_bytes()) {
+            if !name.eq_ignore_ascii_case(PARAMETER) {
                 continue;
             }
-            for text in value.as_ref().split(',') {
+            for text in value.split(',') {
                 if ids.len() == MOST_IDS {
                     return Err("at most 100 ids may be asked for at once");
                 }

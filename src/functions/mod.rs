@@ -234,7 +234,7 @@ impl Route {
                     Some(start) if start.eq_ignore_ascii_case(prefix) => path[prefix.len()..].strip_prefix('/'),
                     _ => None,
                 };
-                rest.is_some_and(|rest| rest.eq_ignore_ascii_case(self.function))
+                rest.is_some_and(|rest| rest == self.function || rest.eq_ignore_ascii_case(self.function))
             }
         }
     }
