@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Bench, Catalogue, Side, ceiling, constant, fill, handler, settings, turns};
+use super::{Bench, Catalogue, Side, ceiling, constant, fill, handler, settings, settings_of_full_memory, turns};
 use crate::{
     Result,
     catalogue::{Bodies, FIRST, Rows, Size},
@@ -85,7 +85,7 @@ pub(super) async fn l2(bench: &mut Bench) -> Result<()> {
     let bodies = Bodies::new(Size::Large);
     let catalogue = Catalogue::new(count, Size::Large, Rows::Computed).await?;
     let redis = filled_redis(&catalogue, &bodies, count).await?;
-    let server = handler(settings(catalogue.url(), Some(redis.url()), 1)).await?;
+    let server = handler(settings_of_full_memory(catalogue.url(), Some(redis.url()))).await?;
     let mut clients = Vec::new();
     let reference = fill_ceiling(&redis, &bodies, count).await?;
     let mut rounds = Vec::new();

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 use sqlx::{Executor, PgConnection};
 use tokio::{sync::Barrier, task::JoinSet};
 
-use super::{Bench, Catalogue, handler, settings};
+use super::{Bench, Catalogue, handler, settings, settings_of_full_memory};
 use crate::{
     Result,
     catalogue::{self, Bodies, FIRST, Rows, Size},
@@ -20,8 +20,8 @@ const CONNECTIONS: usize = 8;
 
 /// Products that nobody has asked for yet, against the same query behind actix-web.
 pub(super) async fn miss(bench: &mut Bench) -> Result<()> {
-    let per_round = if bench.quick { 3_000 } else { 10_000 };
-    let count = per_round * (bench.rounds() as i64 + 1);
+    let per_round = 5_000;
+    let count = 2 * per_round * (bench.rounds() as i64 + 1);
     let bodies = Bodies::new(Size::Large);
     let catalogue = Catalogue::new(count, Size::Large, Rows::Stored).await?;
     let postgres = Postgres::start().await?;
@@ -33,16 +33,23 @@ pub(super) async fn miss(bench: &mut Bench) -> Result<()> {
         ("miss on PostgreSQL", postgres.url(), None, bound),
         ("miss on PostgreSQL with Redis", postgres.url(), Some(redis.url()), Bound::None),
     ] {
-        let server = handler(settings(url.clone(), redis, 1)).await?;
+        let server = handler(settings_of_full_memory(url.clone(), redis)).await?;
         let reference = Server::start("bare_query", settings(url, None, 1))?;
         let mut rounds = Vec::new();
         let _one_core = OneCore::keep(&[&server, &reference]);
         for round in 0..=bench.rounds() as i64 {
-            let range = round * per_round..(round + 1) * per_round;
-            let (ours, theirs) =
-                (load::products(range.clone(), &bodies, "fwd=miss"), load::products(range, &bodies, ""));
-            let first = load::each_once(&server, CONNECTIONS, &ours).await?;
-            let both = (first, load::each_once(&reference, CONNECTIONS, &theirs).await?);
+            // Each has products of its own: whoever came second would find the first one's rows in the database's memory.
+            let (start, middle, end) =
+                (2 * round * per_round, (2 * round + 1) * per_round, 2 * (round + 1) * per_round);
+            let ours = load::products(start..middle, &bodies, "fwd=miss");
+            let theirs = load::products(middle..end, &bodies, "");
+            let both = if round % 2 == 0 {
+                let first = load::each_once(&server, CONNECTIONS, &ours).await?;
+                (first, load::each_once(&reference, CONNECTIONS, &theirs).await?)
+            } else {
+                let first = load::each_once(&reference, CONNECTIONS, &theirs).await?;
+                (load::each_once(&server, CONNECTIONS, &ours).await?, first)
+            };
             if round > 0 {
                 rounds.push(both);
             }
