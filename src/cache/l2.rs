@@ -149,7 +149,7 @@ impl L2 {
         }
     }
 
-    /// Reads all keys in one round trip, by the same rules as [`READ_OR_LEASE`] and at a quarter of its price for Redis,
+    /// Reads all keys in one round trip, by the same rules as [`READ_OR_LEASE`] and at a third of its price for Redis,
     /// and takes no lease.
     pub(super) async fn read(
         &self,

@@ -1,8 +1,8 @@
 //! The way of a flight: Redis, else the lease, else another instance's load, else the database; then the fill.
 //!
 //! Looking into Redis is the reader's own first step; all that follows runs apart from it, so that a client that goes away
-//! ends no load. Takes one key or a batch alike: one round trip to Redis and one query for all of them. Invariants: C2 and the Redis half of C3; S1, whatever Redis does
-//! costs time but never the answer.
+//! ends no load. Takes one key or a batch alike: one round trip to Redis and one query for all of them. Invariants: C2 and
+//! the Redis half of C3; S1, whatever Redis does costs time but never the answer.
 
 use std::{collections::HashMap, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
@@ -44,18 +44,24 @@ pub(super) async fn look_for_fresh(cache: &Arc<Inner>, guards: Vec<Guard>) -> Ve
     // What was expired here was expired there, too, and what is to be refreshed has to be leased.
     let (unknown, known): (Vec<_>, Vec<_>) =
         guards.into_iter().partition(|guard| cache.trusts_redis_with(&guard.key) && !cache.memory.holds(&guard.key));
-    let (free, leased) = see(cache, &remote.l2, unknown.into_iter().map(Under::new).collect()).await;
-    free.into_iter().chain(leased).map(|under| under.guard).chain(known).collect()
+    let seen = see(cache, &remote.l2, unknown.into_iter().map(Under::new).collect()).await;
+    let others: Vec<_> = match seen {
+        Ok((free, leased)) => free.into_iter().chain(leased).map(|under| under.guard).collect(),
+        Err(mut unseen) => {
+            unseen.iter_mut().for_each(|under| under.guard.past_redis = true);
+            unseen.into_iter().map(|under| under.guard).collect()
+        }
+    };
+    others.into_iter().chain(known).collect()
 }
 
-/// Looks at these keys in Redis, once: ends what is fresh there; returns what nobody is loading, and what others are.
-async fn see(cache: &Inner, l2: &L2, flights: Vec<Under>) -> (Vec<Under>, Vec<Under>) {
-    let Some(max_age) = flights.first().map(|under| under.guard.flight.max_age) else { return (flights, Vec::new()) };
+/// Looks at these keys in Redis, once: ends what is fresh there; returns what nobody is loading, and what others are. `Err`:
+/// Redis does not answer; the keeper says what is wrong with the connection.
+async fn see(cache: &Inner, l2: &L2, flights: Vec<Under>) -> Result<(Vec<Under>, Vec<Under>), Vec<Under>> {
+    let Some(max_age) = flights.first().map(|under| under.guard.flight.max_age) else { return Ok(Default::default()) };
     let keys: Vec<_> = flights.iter().map(|under| under.guard.key).collect();
     let sent = cache.memory.now();
-    let Ok(seen) = l2.read(&keys, max_age, cache.floor_ms()).await else {
-        return (flights, Vec::new()); // the keeper says what is wrong with the connection
-    };
+    let Ok(seen) = l2.read(&keys, max_age, cache.floor_ms()).await else { return Err(flights) };
     let (mut free, mut leased) = (Vec::new(), Vec::new());
     for (under, seen) in flights.into_iter().zip(seen) {
         match seen {
@@ -64,7 +70,7 @@ async fn see(cache: &Inner, l2: &L2, flights: Vec<Under>) -> (Vec<Under>, Vec<Un
             Seen::Neither => free.push(under),
         }
     }
-    (free, leased)
+    Ok((free, leased))
 }
 
 /// Ends a flight with what Redis holds, as of `sent`.
@@ -79,8 +85,8 @@ fn land_copy(cache: &Inner, guard: Guard, copy: Copy, sent: Moment) {
 /// Ends every one of these flights.
 pub(super) async fn run(cache: Arc<Inner>, guards: Vec<Guard>, load: Load) {
     cache.first_hearing().await;
-    let (shared, local): (Vec<_>, Vec<_>) =
-        guards.into_iter().map(Under::new).partition(|under| cache.trusts_redis_with(&under.guard.key));
+    let asks_redis = |under: &Under| cache.trusts_redis_with(&under.guard.key) && !under.guard.past_redis;
+    let (shared, local): (Vec<_>, Vec<_>) = guards.into_iter().map(Under::new).partition(asks_redis);
     match &cache.shared {
         Some(remote) if !shared.is_empty() => {
             let (ours, theirs) = look(&cache, &remote.l2, shared, true).await;
@@ -136,8 +142,14 @@ async fn wait(cache: &Arc<Inner>, l2: &L2, mut theirs: Vec<Under>) -> Vec<Under>
     let mut late = Vec::new();
     while !theirs.is_empty() && began.elapsed() < cache.config.lease_wait {
         sleep((began.elapsed() / PART_OF_WAIT).max(LOOK_AGAIN)).await;
-        let (free, leased) = see(cache, l2, theirs).await;
-        theirs = leased;
+        let free;
+        (free, theirs) = match see(cache, l2, theirs).await {
+            Ok(seen) => seen,
+            Err(unseen) => {
+                late.extend(unseen);
+                return late;
+            }
+        };
         if !free.is_empty() {
             let (ours, leased) = look(cache, l2, free, false).await;
             late.extend(ours);
