@@ -84,7 +84,6 @@ fn land_copy(cache: &Inner, guard: Guard, copy: Copy, sent: Moment) {
 
 /// Ends every one of these flights.
 pub(super) async fn run(cache: Arc<Inner>, guards: Vec<Guard>, load: Load) {
-    cache.first_hearing().await;
     let asks_redis = |under: &Under| cache.trusts_redis_with(&under.guard.key) && !under.guard.past_redis;
     let (shared, local): (Vec<_>, Vec<_>) = guards.into_iter().map(Under::new).partition(asks_redis);
     match &cache.shared {

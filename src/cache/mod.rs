@@ -46,7 +46,7 @@ pub const LARGEST_SHARE: u64 = 8;
 /// with an older entry. Each further flight began after the reader came, so two nearly always do.
 const ATTEMPTS: usize = 16;
 
-/// How long the first reads wait for the log to be heard: as long as Redis takes to answer, or not at all.
+/// How long after the start reads wait for the log to be heard for the first time: as long as Redis takes to answer.
 const FIRST_HEARING: Duration = Duration::from_millis(250);
 
 /// What an entry is stored under: a kind of thing and its number. Written `product:680`.
@@ -509,9 +509,10 @@ impl Inner {
 
     /// Waits a moment for the log at the very start, so that the first reads need not go past Redis.
     async fn first_hearing(&self) {
-        if self.shared.is_some() && !*self.heard_once.borrow() {
+        let left = FIRST_HEARING.saturating_sub(memory::duration(self.memory.now()));
+        if self.shared.is_some() && !*self.heard_once.borrow() && !left.is_zero() {
             let mut heard_once = self.heard_once.subscribe();
-            let _ = tokio::time::timeout(FIRST_HEARING, heard_once.wait_for(|heard| *heard)).await;
+            let _ = tokio::time::timeout(left, heard_once.wait_for(|heard| *heard)).await;
         }
     }
 }
