@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use super::{Bench, Catalogue, Side, ceiling, constant, fill, handler, settings, settings_of_full_memory, turns};
+use super::{
+    Bench, Catalogue, Side, ceiling, constant, each_once_in_turns, fill, handler, settings, settings_of_full_memory,
+    turns,
+};
 use crate::{
     Result,
     catalogue::{Bodies, FIRST, Rows, Size},
@@ -93,13 +96,7 @@ pub(super) async fn l2(bench: &mut Bench) -> Result<()> {
     for round in 0..=bench.rounds() as i64 {
         let range = round * PER_ROUND..(round + 1) * PER_ROUND;
         let (ours, theirs) = (load::products(range.clone(), &bodies, "L2; hit"), load::products(range, &bodies, ""));
-        let both = if round % 2 == 0 {
-            let first = load::each_once(&server, CONNECTIONS, &ours).await?;
-            (first, load::each_once(&reference, CONNECTIONS, &theirs).await?)
-        } else {
-            let first = load::each_once(&reference, CONNECTIONS, &theirs).await?;
-            (load::each_once(&server, CONNECTIONS, &ours).await?, first)
-        };
+        let both = each_once_in_turns(round, CONNECTIONS, (&server, &ours), (&reference, &theirs)).await?;
         // But for the log's, and redis_ceiling's own.
         clients.push((redis.clients().await as f64 - 2.0, 2.0));
         if round > 0 {

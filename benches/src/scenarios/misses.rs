@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 use sqlx::{Executor, PgConnection};
 use tokio::{sync::Barrier, task::JoinSet};
 
-use super::{Bench, Catalogue, handler, settings, settings_of_full_memory};
+use super::{Bench, Catalogue, each_once_in_turns, handler, settings, settings_of_full_memory};
 use crate::{
     Result,
     catalogue::{self, Bodies, FIRST, Rows, Size},
@@ -43,13 +43,7 @@ pub(super) async fn miss(bench: &mut Bench) -> Result<()> {
                 (2 * round * per_round, (2 * round + 1) * per_round, 2 * (round + 1) * per_round);
             let ours = load::products(start..middle, &bodies, "fwd=miss");
             let theirs = load::products(middle..end, &bodies, "");
-            let both = if round % 2 == 0 {
-                let first = load::each_once(&server, CONNECTIONS, &ours).await?;
-                (first, load::each_once(&reference, CONNECTIONS, &theirs).await?)
-            } else {
-                let first = load::each_once(&reference, CONNECTIONS, &theirs).await?;
-                (load::each_once(&server, CONNECTIONS, &ours).await?, first)
-            };
+            let both = each_once_in_turns(round, CONNECTIONS, (&server, &ours), (&reference, &theirs)).await?;
             if round > 0 {
                 rounds.push(both);
             }

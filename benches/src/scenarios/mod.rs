@@ -122,6 +122,23 @@ async fn turns(bench: &Bench, ours: Side<'_>, theirs: Side<'_>) -> Result<Vec<(O
     Ok(rounds)
 }
 
+/// Asks both for each of their products once; who comes first changes from round to round.
+async fn each_once_in_turns(
+    round: i64,
+    connections: usize,
+    ours: (&Server, &Arc<[Request]>),
+    theirs: (&Server, &Arc<[Request]>),
+) -> Result<(Outcome, Outcome)> {
+    let ask = async |(server, requests)| load::each_once(server, connections, requests).await;
+    Ok(if round % 2 == 0 {
+        let first = ask(ours).await?;
+        (first, ask(theirs).await?)
+    } else {
+        let first = ask(theirs).await?;
+        (ask(ours).await?, first)
+    })
+}
+
 /// A SQLite file with products; it goes with its owner.
 struct Catalogue {
     folder: tempfile::TempDir,
