@@ -6,7 +6,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -15,7 +15,10 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{Inner, Key, Remote, log::Scope};
+use super::{
+    Inner, Key, Remote,
+    log::{Floor, Scope},
+};
 
 /// Keys remembered while Redis is away; more become "everything". A key costs about 50 bytes.
 const MOST_QUEUED: usize = 100_000;
@@ -131,9 +134,9 @@ pub(super) async fn deliver(cache: Arc<Inner>) {
             cache.queue.added.notified().await;
             continue;
         };
-        match attempt(remote, &scope).await {
-            Ok(floor_ms) => {
-                cache.floor_ms.fetch_max(floor_ms, Ordering::AcqRel);
+        match attempt(remote, &scope, cache.floor()).await {
+            Ok(floor) => {
+                cache.raise(floor);
                 // Fills from what Redis held until now came in meanwhile; from now on it holds nothing older.
                 cache.expire_here(&scope);
                 cache.queue.remove(&scope, number);
@@ -160,13 +163,13 @@ fn is_wrong_type(error: &crate::redis::Error) -> bool {
 }
 
 /// Tells Redis and the log; returns the floor.
-async fn attempt(remote: &Remote, scope: &Scope) -> Result<u64, crate::redis::Error> {
+async fn attempt(remote: &Remote, scope: &Scope, known: Floor) -> Result<Floor, crate::redis::Error> {
     let expiries = match scope {
         Scope::Keys(keys) => keys.iter().map(|key| remote.l2.expire(key)).collect(),
         // The notice itself raises the floor, below which everything in Redis is stale.
         Scope::Everything => Vec::new(),
     };
-    remote.log.append(expiries, scope).await
+    remote.log.append(expiries, scope, known).await
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! L2: entries and leases in Redis, one hash per key, changed only by single-key commands and single-key scripts.
 //!
-//! Hash fields: `b` when its load began (14 digits), how long that took (10 digits) and the envelope, `f` fresh until, `t`
-//! lease token, `u` lease until, `a` when the leased load began; all times are Redis' own milliseconds, so instances'
-//! clocks never meet. Invariant (C3): `b` is written only by the holder of the current lease, and expiring takes `f` and
+//! Hash fields: `b` when its load began (14 digits), the generation its loader knew (10; see [`Floor`]), how long it took (10)
+//! and the envelope, `f` fresh until, `t` lease token, `u` lease until, `a` the first two of a leased load; all times are
+//! Redis' own milliseconds, so instances' clocks never meet. Invariant (C3): `b` is written only by the holder of the current lease, and expiring takes `f` and
 //! the lease away in one step.
 
 use std::{ops::Range, time::Duration};
@@ -11,7 +11,7 @@ use bytes::Bytes;
 
 use redis::{Cmd, Value};
 
-use super::{Key, entry};
+use super::{Key, entry, log::Floor};
 use crate::{
     config,
     redis::{Error, Lua, Redis},
@@ -19,22 +19,24 @@ use crate::{
 
 /// Fresh → the envelope. Leased by somebody → wait. Else the lease is the caller's. One round trip, atomic.
 const READ_OR_LEASE: &str = r"
-local token, lease, max_age, floor, want_stale = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
+local token, lease, max_age = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local floor, known, want_stale = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
 local v = redis.call('HMGET', KEYS[1], 'b', 'f', 't', 'u')
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local b, fresh_until = v[1] or '', tonumber(v[2])
-local loaded, took = tonumber(string.sub(b, 1, 14)), tonumber(string.sub(b, 15, 24))
-if not loaded or not took then b, loaded, took = '', now, 0 end
+local loaded, generation, took = tonumber(string.sub(b, 1, 14)), tonumber(string.sub(b, 15, 24)), tonumber(string.sub(b, 25, 34))
+if not loaded or not generation or not took then b, loaded, generation, took = '', now, known, 0 end
 -- Redis' clock may be set back, or be another one's after a failover.
 local age = math.max(0, now - loaded)
-if b ~= '' and fresh_until and now < fresh_until and now - age > floor and (max_age < 0 or age < max_age) then
+local above = now - age > floor and generation >= known
+if b ~= '' and fresh_until and now < fresh_until and above and (max_age < 0 or age < max_age) then
   return {'fresh', age, fresh_until - now, took, b}
 end
 local stale = want_stale == '1' and b or ''
-local only_old = fresh_until and now - age > floor and 1 or 0
+local only_old = fresh_until and above and 1 or 0
 if v[3] and now < tonumber(v[4]) then return {'leased', age, only_old, took, stale} end
-redis.call('HSET', KEYS[1], 't', token, 'u', now + lease, 'a', now)
+redis.call('HSET', KEYS[1], 't', token, 'u', now + lease, 'a', string.format('%014d%010d', now, known))
 if redis.call('PTTL', KEYS[1]) < lease then redis.call('PEXPIRE', KEYS[1], lease) end
 return {'yours', age, only_old, took, stale}
 ";
@@ -46,8 +48,8 @@ if v[1] ~= ARGV[1] then return 0 end
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 redis.call('HDEL', KEYS[1], 't', 'u', 'a')
-local took = math.min(math.max(0, now - tonumber(v[2])), 9999999999)
-redis.call('HSET', KEYS[1], 'b', string.format('%014d%010d', v[2], took) .. ARGV[2], 'f', now + tonumber(ARGV[3]))
+local took = math.min(math.max(0, now - tonumber(string.sub(v[2], 1, 14))), 9999999999)
+redis.call('HSET', KEYS[1], 'b', v[2] .. string.format('%010d', took) .. ARGV[2], 'f', now + tonumber(ARGV[3]))
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 return 1
 ";
@@ -58,8 +60,10 @@ if redis.call('HGET', KEYS[1], 't') ~= ARGV[1] then return 0 end
 return redis.call('HDEL', KEYS[1], 't', 'u', 'a')
 ";
 
-/// Digits in front of an envelope.
-const TIMES: usize = 24;
+/// The digits in front of an envelope: when its load began, the generation, how long it took.
+const LOADED: Range<usize> = 0..14;
+const GENERATION: Range<usize> = 14..24;
+const TOOK: Range<usize> = 24..34;
 
 /// The right to load a key for the whole cluster: proves to Redis that no expiry came since it was given.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -150,53 +154,48 @@ impl L2 {
     }
 
     /// Reads all keys in one round trip, by the same rules as [`READ_OR_LEASE`] and at a third of its price for Redis,
-    /// and takes no lease.
+    /// and takes no lease. `now_ms`: see [`Clock`](super::clock::Clock); `want_leases`: others' are told apart.
     pub(super) async fn read(
         &self,
         keys: &[Key],
         max_age: Option<Duration>,
-        floor_ms: u64,
+        floor: Floor,
+        now_ms: u64,
+        want_leases: bool,
     ) -> Result<Vec<Seen>, Error> {
-        let mut commands: Vec<_> = keys
-            .iter()
-            .map(|key| {
-                let mut command = redis::cmd("HMGET");
-                command.arg(self.name(key)).arg(&["b", "f", "u"]);
-                command
-            })
-            .collect();
-        commands.push(redis::cmd("TIME")); // behind them, so that no entry is said to be younger than it is
-        let mut replies = self.redis.send(commands).await?;
-        let now_ms = replies.pop().and_then(Result::ok).and_then(milliseconds);
-        let wants = |loaded_ms: u64, now_ms: u64| {
+        let fields: &[&str] = if want_leases { &["b", "f", "u"] } else { &["b", "f"] };
+        let commands = keys.iter().map(|key| {
+            let mut command = redis::cmd("HMGET");
+            command.arg(self.name(key)).arg(fields);
+            command
+        });
+        let replies = self.redis.send(commands.collect()).await?;
+        let wants = |loaded_ms: u64, generation: u64| {
+            // Redis' clock may be set back, or be another one's after a failover.
             let age_ms = now_ms.saturating_sub(loaded_ms);
             let young = max_age.is_none_or(|max_age| u128::from(age_ms) < max_age.as_millis());
-            young && now_ms - age_ms > floor_ms
+            young && now_ms - age_ms > floor.ms && generation >= floor.generation
         };
-        Ok(keys
-            .iter()
-            .zip(replies)
-            .map(|(key, reply)| seen(key, reply.ok()?, now_ms?, &wants))
-            .map(|seen| seen.unwrap_or(Seen::Neither))
-            .collect())
+        let seen = keys.iter().zip(replies).map(|(key, reply)| seen(key, reply.ok()?, now_ms, &wants));
+        Ok(seen.map(|seen| seen.unwrap_or(Seen::Neither)).collect())
     }
 
-    /// Reads or leases all keys in one round trip. `max_age` accepts only younger entries; `floor_ms` (Redis' clock)
-    /// only those whose load began later; stale copies come along if `want_stale`.
+    /// Reads or leases all keys in one round trip. `max_age` accepts only younger entries; stale copies come
+    /// along if `want_stale`.
     pub(super) async fn read_or_lease(
         &self,
         keys: &[Key],
         max_age: Option<Duration>,
-        floor_ms: u64,
+        floor: Floor,
         want_stale: bool,
     ) -> Result<Vec<Read>, Error> {
-        let reads = self.try_read_or_lease(keys, max_age, floor_ms, want_stale, false).await?;
+        let reads = self.try_read_or_lease(keys, max_age, floor, want_stale, false).await?;
         let damaged: Vec<_> = keys.iter().zip(&reads).filter(|(_, read)| read.is_none()).map(|(key, _)| *key).collect();
         if damaged.is_empty() {
             return Ok(reads.into_iter().flatten().collect());
         }
         // Once more for those, expiring them first so that they can be leased.
-        let mut again = self.try_read_or_lease(&damaged, max_age, floor_ms, want_stale, true).await?.into_iter();
+        let mut again = self.try_read_or_lease(&damaged, max_age, floor, want_stale, true).await?.into_iter();
         let repaired = reads.into_iter().map(|read| read.or_else(|| again.next().flatten()));
         Ok(repaired.map(|read| read.unwrap_or(Read::Leased(None))).collect())
     }
@@ -206,7 +205,7 @@ impl L2 {
         &self,
         keys: &[Key],
         max_age: Option<Duration>,
-        floor_ms: u64,
+        floor: Floor,
         want_stale: bool,
         expire_first: bool,
     ) -> Result<Vec<Option<Read>>, Error> {
@@ -217,8 +216,8 @@ impl L2 {
         }
         let calls = keys.iter().zip(&tokens).map(|(key, token)| {
             let mut call = self.read_or_lease.call(&self.name(key));
-            call.arg(&token.0).arg(self.lease.as_millis() as u64).arg(max_age_ms).arg(floor_ms);
-            call.arg(u8::from(want_stale));
+            call.arg(&token.0).arg(self.lease.as_millis() as u64).arg(max_age_ms);
+            call.arg(floor.ms).arg(floor.generation).arg(u8::from(want_stale));
             call
         });
         let replies = self.redis.send_script(&self.read_or_lease, calls.collect()).await?;
@@ -316,30 +315,36 @@ impl L2 {
     }
 }
 
-/// What `TIME` answers.
-fn milliseconds(reply: Value) -> Option<u64> {
-    let (seconds, microseconds): (u64, u64) = redis::from_redis_value(reply).ok()?;
-    Some(seconds * 1000 + microseconds / 1000)
-}
-
-/// What a key's fields say at this time; `None` if nothing.
+/// What a key's fields (`b`, `f` and maybe `u`) say at this time; `None` if nothing.
 fn seen(key: &Key, reply: Value, now_ms: u64, wants: &impl Fn(u64, u64) -> bool) -> Option<Seen> {
-    let (stored, fresh_until_ms, leased_until_ms): (Option<Vec<u8>>, Option<u64>, Option<u64>) =
-        redis::from_redis_value(reply).ok()?;
+    let Value::Array(fields) = reply else { return None };
+    let mut fields = fields.into_iter();
+    let mut field = || match fields.next()? {
+        Value::BulkString(bytes) => Some(bytes),
+        _ => None,
+    };
+    let (stored, fresh_until, leased_until) = (field(), field(), field());
     let fresh = || {
-        let left_ms = fresh_until_ms?.checked_sub(now_ms).filter(|left_ms| *left_ms > 0)?;
+        let left_ms = number(&fresh_until?)?.checked_sub(now_ms).filter(|left_ms| *left_ms > 0)?;
         let stored = Bytes::from(stored?);
-        let number = |digits: Range<usize>| std::str::from_utf8(stored.get(digits)?).ok()?.parse::<u64>().ok();
-        let (loaded_ms, took_ms) = (number(0..14).filter(|loaded_ms| wants(*loaded_ms, now_ms))?, number(14..TIMES)?);
+        let digits = |range: Range<usize>| number(stored.get(range)?);
+        let (loaded_ms, generation, took_ms) = (digits(LOADED)?, digits(GENERATION)?, digits(TOOK)?);
+        if !wants(loaded_ms, generation) {
+            return None;
+        }
         Some(Copy {
-            entry: entry::decode(key, stored.slice(TIMES..))?,
+            entry: entry::decode(key, stored.slice(TOOK.end..))?,
             age: Duration::from_millis(now_ms.saturating_sub(loaded_ms)),
             left: Duration::from_millis(left_ms),
             took: Duration::from_millis(took_ms),
             only_old: false,
         })
     };
-    fresh().map(Seen::Fresh).or_else(|| (now_ms < leased_until_ms?).then_some(Seen::Leased))
+    fresh().map(Seen::Fresh).or_else(|| (now_ms < number(&leased_until?)?).then_some(Seen::Leased))
+}
+
+fn number(digits: &[u8]) -> Option<u64> {
+    std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
 /// What a reply says; `None` if it is a fresh envelope that cannot be used.
@@ -347,7 +352,7 @@ fn read(key: &Key, token: Token, reply: Value) -> Option<Read> {
     let reply: Result<(String, u64, u64, u64, Vec<u8>), _> = redis::from_redis_value(reply);
     let Ok((state, age_ms, left_ms, took_ms, stored)) = reply else { return Some(Read::Unusable) };
     let fresh = state == "fresh";
-    let envelope = (stored.len() > TIMES).then(|| Bytes::from(stored).slice(TIMES..));
+    let envelope = (stored.len() > TOOK.end).then(|| Bytes::from(stored).slice(TOOK.end..));
     let copy = envelope.and_then(|envelope| entry::decode(key, envelope)).map(|entry| Copy {
         entry,
         age: Duration::from_millis(age_ms),

@@ -23,45 +23,52 @@ const LOOK_AGAIN: Duration = Duration::from_millis(2);
 const PART_OF_WAIT: u32 = 8;
 
 /// A flight on its way.
-struct Under {
+pub(super) struct Under {
     guard: Guard,
     /// The right to fill Redis; without it only memory is filled.
     token: Option<Token>,
     stale: Option<Arc<Stored>>,
+    /// Redis was asked already and did not answer.
+    past_redis: bool,
 }
 
-impl Under {
-    fn new(guard: Guard) -> Self {
-        Self { guard, token: None, stale: None }
+impl From<Guard> for Under {
+    fn from(guard: Guard) -> Self {
+        Self { guard, token: None, stale: None, past_redis: false }
     }
 }
 
 /// Ends those of these flights whose entry is fresh in Redis; returns the others. Holds nothing but the flights, so a reader
 /// may drop it: another one leads anew.
-pub(super) async fn look_for_fresh(cache: &Arc<Inner>, guards: Vec<Guard>) -> Vec<Guard> {
+pub(super) async fn look_for_fresh(cache: &Arc<Inner>, guards: Vec<Guard>) -> Vec<Under> {
+    let mut flights: Vec<_> = guards.into_iter().map(Under::from).collect();
+    let Some(remote) = cache.shared.as_ref().filter(|_| !flights.is_empty()) else { return flights };
     cache.first_hearing().await;
-    let Some(remote) = &cache.shared else { return guards };
     // What was expired here was expired there, too, and what is to be refreshed has to be leased.
-    let (unknown, known): (Vec<_>, Vec<_>) =
-        guards.into_iter().partition(|guard| cache.trusts_redis_with(&guard.key) && !cache.memory.holds(&guard.key));
-    let seen = see(cache, &remote.l2, unknown.into_iter().map(Under::new).collect()).await;
-    let others: Vec<_> = match seen {
-        Ok((free, leased)) => free.into_iter().chain(leased).map(|under| under.guard).collect(),
-        Err(mut unseen) => {
-            unseen.iter_mut().for_each(|under| under.guard.past_redis = true);
-            unseen.into_iter().map(|under| under.guard).collect()
-        }
-    };
-    others.into_iter().chain(known).collect()
+    let unknown = |guard: &Guard| cache.trusts_redis_with(&guard.key) && !cache.memory.holds(&guard.key);
+    let mut others: Vec<_> = flights.extract_if(.., |under| !unknown(&under.guard)).collect();
+    match see(cache, &remote.l2, flights, false).await {
+        Ok((free, _)) => others.extend(free),
+        Err(unseen) => others.extend(unseen.into_iter().map(|under| Under { past_redis: true, ..under })),
+    }
+    others
 }
 
-/// Looks at these keys in Redis, once: ends what is fresh there; returns what nobody is loading, and what others are. `Err`:
-/// Redis does not answer; the keeper says what is wrong with the connection.
-async fn see(cache: &Inner, l2: &L2, flights: Vec<Under>) -> Result<(Vec<Under>, Vec<Under>), Vec<Under>> {
-    let Some(max_age) = flights.first().map(|under| under.guard.flight.max_age) else { return Ok(Default::default()) };
-    let keys: Vec<_> = flights.iter().map(|under| under.guard.key).collect();
+/// Looks at these keys in Redis, once: ends what is fresh there; returns what nobody is loading, and, if `want_leases`, what
+/// others are. `Err`: Redis does not answer; the keeper says what is wrong with the connection.
+async fn see(
+    cache: &Inner,
+    l2: &L2,
+    flights: Vec<Under>,
+    want_leases: bool,
+) -> Result<(Vec<Under>, Vec<Under>), Vec<Under>> {
     let sent = cache.memory.now();
-    let Ok(seen) = l2.read(&keys, max_age, cache.floor_ms()).await else { return Err(flights) };
+    let (Some(first), Some(now_ms)) = (flights.first(), cache.clock.redis_ms(sent)) else {
+        return Ok((flights, Vec::new())); // the script asks for the time itself
+    };
+    let max_age = first.guard.flight.max_age;
+    let keys: Vec<_> = flights.iter().map(|under| under.guard.key).collect();
+    let Ok(seen) = l2.read(&keys, max_age, cache.floor(), now_ms, want_leases).await else { return Err(flights) };
     let (mut free, mut leased) = (Vec::new(), Vec::new());
     for (under, seen) in flights.into_iter().zip(seen) {
         match seen {
@@ -83,9 +90,9 @@ fn land_copy(cache: &Inner, guard: Guard, copy: Copy, sent: Moment) {
 }
 
 /// Ends every one of these flights.
-pub(super) async fn run(cache: Arc<Inner>, guards: Vec<Guard>, load: Load) {
-    let asks_redis = |under: &Under| cache.trusts_redis_with(&under.guard.key) && !under.guard.past_redis;
-    let (shared, local): (Vec<_>, Vec<_>) = guards.into_iter().map(Under::new).partition(asks_redis);
+pub(super) async fn run(cache: Arc<Inner>, flights: Vec<Under>, load: Load) {
+    let asks_redis = |under: &Under| cache.trusts_redis_with(&under.guard.key) && !under.past_redis;
+    let (shared, local): (Vec<_>, Vec<_>) = flights.into_iter().partition(asks_redis);
     match &cache.shared {
         Some(remote) if !shared.is_empty() => {
             let (ours, theirs) = look(&cache, &remote.l2, shared, true).await;
@@ -104,7 +111,7 @@ async fn look(cache: &Arc<Inner>, l2: &L2, flights: Vec<Under>, want_stale: bool
     let keys: Vec<_> = flights.iter().map(|under| under.guard.key).collect();
     let max_age = flights.first().and_then(|under| under.guard.flight.max_age);
     let sent = cache.memory.now();
-    let reads = match l2.read_or_lease(&keys, max_age, cache.floor_ms(), want_stale).await {
+    let reads = match l2.read_or_lease(&keys, max_age, cache.floor(), want_stale).await {
         Ok(reads) => reads,
         Err(_) => return (flights, Vec::new()), // the keeper says what is wrong with the connection
     };
@@ -142,7 +149,7 @@ async fn wait(cache: &Arc<Inner>, l2: &L2, mut theirs: Vec<Under>) -> Vec<Under>
     while !theirs.is_empty() && began.elapsed() < cache.config.lease_wait {
         sleep((began.elapsed() / PART_OF_WAIT).max(LOOK_AGAIN)).await;
         let free;
-        (free, theirs) = match see(cache, l2, theirs).await {
+        (free, theirs) = match see(cache, l2, theirs, true).await {
             Ok(seen) => seen,
             Err(unseen) => {
                 late.extend(unseen);

@@ -1,7 +1,7 @@
 //! The invalidation log: one Redis Stream that tells every instance which keys were expired, in order, without gaps.
 //!
-//! Each notice holds `p` (the id of the notice before it), `f` (the floor: entries whose load began before it are
-//! stale everywhere), `o` (its author) and `k` (keys, or `*` for all). Invariant (C5): a reader either hears every
+//! Each notice holds `p` (the id of the notice before it), `f` and `g` (the floor: see [`Floor`]), `o` (its author) and
+//! `k` (keys, or `*` for all). Invariant (C5): a reader either hears every
 //! notice after its position or is told that it may have missed some; `p` shows a trimmed, emptied or older log alike.
 
 use std::{
@@ -13,7 +13,7 @@ use std::{
 };
 
 use redis::{
-    Cmd, RedisError, Value,
+    Cmd, FromRedisValue, RedisError,
     streams::{StreamId, StreamRangeReply, StreamReadReply},
 };
 
@@ -23,19 +23,25 @@ use crate::{
     redis::{Error, Lua, Redis},
 };
 
-/// Appends a notice; `ARGV`: author, keys, largest length, largest age in milliseconds.
+/// Appends a notice; `ARGV`: author, keys, largest length, largest age in milliseconds, generation that the author knows.
 const APPEND: &str = r"
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
-local before, floor = '0-0', 0
+local before, floor, generation = '0-0', 0, 0
 if last then
   before = last[1]
-  for i = 1, #last[2], 2 do if last[2][i] == 'f' then floor = tonumber(last[2][i + 1]) or 0 end end
+  for i = 1, #last[2], 2 do
+    if last[2][i] == 'f' then floor = tonumber(last[2][i + 1]) or 0 end
+    if last[2][i] == 'g' then generation = tonumber(last[2][i + 1]) or 0 end
+  end
 end
-if ARGV[2] == '*' then floor = now end
+generation = math.max(generation, tonumber(ARGV[5]))
+if ARGV[2] == '*' then floor, generation = now, generation + 1 end
 redis.call('XTRIM', KEYS[1], 'MINID', '~', now - tonumber(ARGV[4]))
-return {redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[3], '*', 'p', before, 'f', floor, 'o', ARGV[1], 'k', ARGV[2]), floor}
+local id = redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[3], '*',
+  'p', before, 'f', floor, 'g', generation, 'o', ARGV[1], 'k', ARGV[2])
+return {id, floor, generation}
 ";
 
 /// How long one blocking read waits: also how often an idle log is checked for having been reset, and how long a
@@ -70,13 +76,24 @@ pub(super) enum News {
     Reset,
 }
 
+/// What the last expiry of everything left: which entries in Redis are stale.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Floor {
+    /// Those whose load began then or before (Redis' clock, milliseconds).
+    pub(super) ms: u64,
+    /// Those whose loader knew of fewer such expiries than this. It counts where Redis' clock went back since they were
+    /// loaded, as it may when another node takes over.
+    pub(super) generation: u64,
+}
+
 /// One read of the log.
 pub(super) struct Heard {
     pub(super) news: Vec<News>,
-    /// Entries whose load began before this are stale (Redis' clock, milliseconds).
-    pub(super) floor_ms: u64,
+    pub(super) floor: Floor,
     /// Nothing more was in the log when this read was sent.
     pub(super) caught_up: bool,
+    /// Redis' time when it was sent, if it was wanted (microseconds).
+    pub(super) redis_us: Option<u64>,
 }
 
 /// Place of a notice in the log, as Redis orders it.
@@ -125,22 +142,22 @@ impl Log {
         self.poll
     }
 
-    /// Carries out `before` and then appends the notice, in one round trip; returns the floor. `Ok` only if all of it
-    /// happened.
-    pub(super) async fn append(&self, before: Vec<Cmd>, scope: &Scope) -> Result<u64, Error> {
+    /// Carries out `before` and then appends the notice, in one round trip; returns the floor, which an expiry of
+    /// everything raises above the known one. `Ok` only if all of it happened.
+    pub(super) async fn append(&self, before: Vec<Cmd>, scope: &Scope, known: Floor) -> Result<Floor, Error> {
         let keys = match scope {
             Scope::Everything => EVERYTHING.to_owned(),
             Scope::Keys(keys) => keys.iter().map(Key::to_string).collect::<Vec<_>>().join(" "),
         };
         let mut call = self.append.call(&self.name);
-        call.arg(&self.author).arg(keys).arg(self.max_length).arg(MAX_AGE.as_millis() as u64);
+        call.arg(&self.author).arg(keys).arg(self.max_length).arg(MAX_AGE.as_millis() as u64).arg(known.generation);
         // In this order, so nobody hears of a key that is still fresh in Redis.
         let mut replies = self.redis.send_in_order(before, &self.append, call).await?;
         let appended = replies.pop().ok_or_else(|| malformed("no reply"))??;
         for reply in replies {
             reply?;
         }
-        let (id, floor_ms): (String, u64) = redis::from_redis_value(appended).map_err(RedisError::from)?;
+        let (id, ms, generation): (String, u64, u64) = redis::from_redis_value(appended).map_err(RedisError::from)?;
         let id: Position = id.parse().map_err(|()| malformed("notice id"))?;
         let mut own = self.own();
         if id > own.heard {
@@ -149,7 +166,7 @@ impl Log {
         if own.unheard.len() > MOST_UNHEARD {
             own.unheard.pop_first();
         }
-        Ok(floor_ms)
+        Ok(Floor { ms, generation })
     }
 
     fn own(&self) -> MutexGuard<'_, Own> {
@@ -161,11 +178,27 @@ impl Log {
         Reader { log: self, position: None }
     }
 
-    async fn tail(&self) -> Result<Option<Notice>, Error> {
+    /// The last notice, and the time, if wanted.
+    async fn tail(&self, want_time: bool) -> Result<(Option<Notice>, Option<u64>), Error> {
         let mut command = redis::cmd("XREVRANGE");
         command.arg(&self.name).arg("+").arg("-").arg("COUNT").arg(1);
-        let reply: StreamRangeReply = only(self.redis.send_on_log(vec![command], Duration::ZERO).await?)?;
-        reply.ids.into_iter().next().map(|entry| self.notice(entry)).transpose()
+        let (reply, redis_us): (StreamRangeReply, _) = self.ask(command, Duration::ZERO, want_time).await?;
+        Ok((reply.ids.into_iter().next().map(|entry| self.notice(entry)).transpose()?, redis_us))
+    }
+
+    /// Asks on the log's connection, which may take `block` longer than usual, and before that for the time, if wanted.
+    async fn ask<T: FromRedisValue>(
+        &self,
+        command: Cmd,
+        block: Duration,
+        want_time: bool,
+    ) -> Result<(T, Option<u64>), Error> {
+        let commands = want_time.then(|| redis::cmd("TIME")).into_iter().chain([command]).collect();
+        let mut replies = self.redis.send_on_log(commands, block).await?;
+        let reply = replies.pop().ok_or_else(|| malformed("no reply"))??;
+        let time = replies.pop().and_then(Result::ok).and_then(|time| redis::from_redis_value::<(u64, u64)>(time).ok());
+        let reply = redis::from_redis_value(reply).map_err(RedisError::from)?;
+        Ok((reply, time.map(|(seconds, microseconds)| seconds * 1_000_000 + microseconds)))
     }
 
     fn notice(&self, entry: StreamId) -> Result<Notice, Error> {
@@ -179,7 +212,7 @@ impl Log {
         Ok(Notice {
             position: entry.id.parse().map_err(|()| malformed("notice id"))?,
             previous: field("p").parse().unwrap_or_default(),
-            floor_ms: field("f").parse().unwrap_or(0),
+            floor: Floor { ms: field("f").parse().unwrap_or(0), generation: field("g").parse().unwrap_or(0) },
             own: field("o") == self.author,
             scope,
         })
@@ -206,7 +239,7 @@ impl Own {
 struct Notice {
     position: Position,
     previous: Position,
-    floor_ms: u64,
+    floor: Floor,
     own: bool,
     scope: Scope,
 }
@@ -223,8 +256,9 @@ impl Reader<'_> {
         self.position
     }
 
-    /// Waits up to [`BLOCK`] (or not at all, where the log is polled) for notices after the position. On an error the position stays, so the next read resumes.
-    pub(super) async fn read(&mut self) -> Result<Heard, Error> {
+    /// Waits up to [`BLOCK`] (or not at all, where the log is polled) for notices after the position. On an error the
+    /// position stays, so the next read resumes.
+    pub(super) async fn read(&mut self, want_time: bool) -> Result<Heard, Error> {
         let Some(position) = self.position else { return self.start(News::Missed).await };
         let mut command = redis::cmd("XREAD");
         command.arg("COUNT").arg(PAGE);
@@ -233,13 +267,13 @@ impl Reader<'_> {
             command.arg("BLOCK").arg(block.as_millis() as u64);
         }
         command.arg("STREAMS").arg(&self.log.name).arg(position.to_string());
-        let reply: Option<StreamReadReply> = only(self.log.redis.send_on_log(vec![command], block).await?)?;
+        let (reply, redis_us): (Option<StreamReadReply>, _) = self.log.ask(command, block, want_time).await?;
         let entries = reply.and_then(|reply| reply.keys.into_iter().next()).map_or_else(Vec::new, |key| key.ids);
         if entries.is_empty() {
-            return self.check_tail(position).await;
+            return Ok(Heard { redis_us, ..self.check_tail(position).await? });
         }
         let caught_up = entries.len() < PAGE;
-        let mut heard = Heard { news: Vec::new(), floor_ms: 0, caught_up };
+        let mut heard = Heard { news: Vec::new(), floor: Floor::default(), caught_up, redis_us };
         let mut last = position;
         for entry in entries {
             let notice = self.log.notice(entry)?;
@@ -259,7 +293,7 @@ impl Reader<'_> {
             if !notice.own || notice.scope == Scope::Everything {
                 heard.news.push(News::Expired(notice.scope));
             }
-            heard.floor_ms = notice.floor_ms;
+            heard.floor = notice.floor;
             last = notice.position;
         }
         self.position = Some(last);
@@ -270,14 +304,14 @@ impl Reader<'_> {
     async fn check_tail(&mut self, position: Position) -> Result<Heard, Error> {
         // Read before the tail is, so that a notice appended meanwhile does not look lost.
         let appended = self.log.own().unheard.last().copied();
-        match self.log.tail().await? {
+        match self.log.tail(false).await?.0 {
             Some(tail) if appended.is_some_and(|appended| tail.position < appended) => self.start(News::Reset).await,
             Some(tail) if tail.position == position => {
-                Ok(Heard { news: Vec::new(), floor_ms: tail.floor_ms, caught_up: true })
+                Ok(Heard { news: Vec::new(), floor: tail.floor, caught_up: true, redis_us: None })
             }
             Some(tail) if tail.position > position => {
                 // It came since; the next read returns it.
-                Ok(Heard { news: Vec::new(), floor_ms: tail.floor_ms, caught_up: false })
+                Ok(Heard { news: Vec::new(), floor: tail.floor, caught_up: false, redis_us: None })
             }
             _ => self.start(News::Reset).await,
         }
@@ -285,23 +319,19 @@ impl Reader<'_> {
 
     /// Takes the end of the log as position; whatever was heard before does not connect to it.
     async fn start(&mut self, why: News) -> Result<Heard, Error> {
-        let tail = match self.log.tail().await? {
+        let (tail, redis_us) = self.log.tail(true).await?;
+        let tail = match tail {
             Some(tail) => tail,
             None => {
                 // A first notice, so that there is a position that a later reset cannot be mistaken for.
-                self.log.append(Vec::new(), &Scope::Keys(Vec::new())).await?;
-                self.log.tail().await?.ok_or_else(|| malformed("log without the notice just appended"))?
+                self.log.append(Vec::new(), &Scope::Keys(Vec::new()), Floor::default()).await?;
+                self.log.tail(false).await?.0.ok_or_else(|| malformed("log without the notice just appended"))?
             }
         };
         self.position = Some(tail.position);
         *self.log.own() = Own { unheard: BTreeSet::new(), heard: tail.position };
-        Ok(Heard { news: vec![why], floor_ms: tail.floor_ms, caught_up: true })
+        Ok(Heard { news: vec![why], floor: tail.floor, caught_up: true, redis_us })
     }
-}
-
-fn only<T: redis::FromRedisValue>(replies: Vec<redis::RedisResult<Value>>) -> Result<T, Error> {
-    let reply = replies.into_iter().next().ok_or_else(|| malformed("no reply"))??;
-    Ok(redis::from_redis_value(reply).map_err(RedisError::from)?)
 }
 
 fn malformed(what: &'static str) -> Error {

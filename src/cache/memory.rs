@@ -278,7 +278,7 @@ impl Memory {
         let younger = answer.age().saturating_sub(SLACK);
         let flight = self.flight(Some(younger), Purpose::Refresh, self.epoch.load(Ordering::Acquire));
         flights.insert(key, flight.clone());
-        Some(Guard { memory: self.clone(), key, flight, past_redis: false })
+        Some(Guard { memory: self.clone(), key, flight })
     }
 
     /// What a reader gets whose patience with this flight ends: an entry that merely grew old, if there is one. Later
@@ -343,7 +343,7 @@ impl Memory {
                 if let Some(old) = flights.insert(key, flight.clone()) {
                     old.overtaken.store(true, Ordering::Release);
                 }
-                Joined::Lead(Guard { memory: self.clone(), key, flight, past_redis: false })
+                Joined::Lead(Guard { memory: self.clone(), key, flight })
             }
         }
     }
@@ -412,8 +412,6 @@ pub(super) struct Guard {
     memory: Arc<Memory>,
     pub(super) key: Key,
     pub(super) flight: Arc<Flight>,
-    /// Redis was asked already and did not answer.
-    pub(super) past_redis: bool,
 }
 
 impl Guard {

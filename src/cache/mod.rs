@@ -5,6 +5,7 @@
 //! `load` (the way of a miss), `l2` (Redis), `log` (the invalidation log), `expiry` (the queue towards both).
 //! Invariants C1–C8 and S1 of the design hold here; each file names its own.
 
+mod clock;
 pub mod entry;
 mod expiry;
 mod gate;
@@ -28,12 +29,13 @@ use futures_util::future::join_all;
 
 use tokio::{runtime::Handle, sync::watch, time::sleep};
 
-pub use self::{entry::Entry, log::Position};
 use self::{
+    clock::Clock,
     l2::L2,
-    log::{Log, News, Scope},
+    log::{Floor, Log, News, Scope},
     memory::{Guard, Joined, Memory, Source, Stored},
 };
+pub use self::{entry::Entry, log::Position};
 use crate::{
     background::{Sparsely, Task, keep_running},
     config,
@@ -76,7 +78,10 @@ impl Key {
 
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.kind, self.id)
+        // Piece by piece: it is made for every look into Redis.
+        f.write_str(self.kind)?;
+        f.write_str(":")?;
+        f.write_str(itoa::Buffer::new().format(self.id))
     }
 }
 
@@ -208,8 +213,10 @@ struct Inner {
     shared: Option<Remote>,
     queue: expiry::Queue,
     gate: gate::Gate,
-    /// Entries in Redis whose load began before this are stale (Redis' clock, milliseconds).
+    /// The [`Floor`] as far as it is known.
     floor_ms: AtomicU64,
+    generation: AtomicU64,
+    clock: Clock,
     position: Mutex<Option<Position>>,
     heard_once: watch::Sender<bool>,
     failures: Sparsely,
@@ -253,6 +260,8 @@ impl Cache {
             queue: expiry::Queue::default(),
             gate: gate::Gate::new(config),
             floor_ms: AtomicU64::new(0),
+            generation: AtomicU64::new(0),
+            clock: Clock::new(),
             position: Mutex::new(None),
             heard_once: watch::Sender::new(false),
             failures: Sparsely::default(),
@@ -272,7 +281,8 @@ impl Cache {
     pub fn get(&self, key: &Key, max_age: Option<Duration>, load: &Load) -> Option<Answer> {
         let answer = self.inner.memory.get(key, max_age)?;
         if self.inner.memory.wants_refresh(&answer) {
-            self.inner.fly(self.inner.memory.refresh(*key, &answer).into_iter().collect(), load);
+            let leads: Vec<_> = self.inner.memory.refresh(*key, &answer).into_iter().collect();
+            self.inner.fly(leads, load);
         }
         Some(answer)
     }
@@ -480,9 +490,10 @@ impl Wait {
 
 impl Inner {
     /// Starts the flights, apart from whoever asked for them.
-    fn fly(self: &Arc<Self>, leads: Vec<Guard>, load: &Load) {
+    fn fly(self: &Arc<Self>, leads: Vec<impl Into<load::Under>>, load: &Load) {
         if !leads.is_empty() {
-            let flights = load::run(self.clone(), leads, load.clone());
+            let flights = leads.into_iter().map(Into::into).collect();
+            let flights = load::run(self.clone(), flights, load.clone());
             #[cfg(not(feature = "shuttle"))]
             self.background.spawn(flights);
             #[cfg(feature = "shuttle")] // see memory's tests of interleavings
@@ -497,8 +508,14 @@ impl Inner {
         }
     }
 
-    fn floor_ms(&self) -> u64 {
-        self.floor_ms.load(Ordering::Acquire)
+    fn floor(&self) -> Floor {
+        Floor { ms: self.floor_ms.load(Ordering::Acquire), generation: self.generation.load(Ordering::Acquire) }
+    }
+
+    /// Raises the floor, if this is higher; returns the one before.
+    fn raise(&self, floor: Floor) -> Floor {
+        let ms = self.floor_ms.fetch_max(floor.ms, Ordering::AcqRel);
+        Floor { ms, generation: self.generation.fetch_max(floor.generation, Ordering::AcqRel) }
     }
 
     fn trusts_redis_with(&self, key: &Key) -> bool {
@@ -510,7 +527,7 @@ impl Inner {
     /// Waits a moment for the log at the very start, so that the first reads need not go past Redis.
     async fn first_hearing(&self) {
         let left = FIRST_HEARING.saturating_sub(memory::duration(self.memory.now()));
-        if self.shared.is_some() && !*self.heard_once.borrow() && !left.is_zero() {
+        if !left.is_zero() && !*self.heard_once.borrow() {
             let mut heard_once = self.heard_once.subscribe();
             let _ = tokio::time::timeout(left, heard_once.wait_for(|heard| *heard)).await;
         }
@@ -525,7 +542,7 @@ async fn listen(cache: Arc<Inner>) {
     loop {
         remote.redis.log_connected().await;
         let sent = cache.memory.now();
-        let heard = match reader.read().await {
+        let heard = match reader.read(cache.clock.is_due(sent)).await {
             Ok(heard) => heard,
             Err(error) => {
                 if let Some(unsaid) = deaf.next() {
@@ -536,8 +553,11 @@ async fn listen(cache: Arc<Inner>) {
                 continue;
             }
         };
+        if let Some(redis_us) = heard.redis_us {
+            cache.clock.set(sent, redis_us);
+        }
         // Raised before keys are expired, so that what they are loaded from next is already judged by it.
-        let known_floor_ms = cache.floor_ms.fetch_max(heard.floor_ms, Ordering::AcqRel);
+        let known = cache.raise(heard.floor);
         for news in heard.news {
             match news {
                 News::Expired(scope) => cache.expire_here(&scope),
@@ -546,7 +566,7 @@ async fn listen(cache: Arc<Inner>) {
                     tracing::warn!("redis: the invalidation log was lost or went back; everything is stale");
                     // Redis may be an older copy of itself: nothing in it is trusted until the floor is raised, which
                     // another instance may have done since.
-                    if heard.floor_ms <= known_floor_ms {
+                    if heard.floor.ms <= known.ms {
                         cache.queue.add(&Scope::Everything);
                     }
                     cache.memory.expire_everything();

@@ -14,7 +14,7 @@ mod settings;
 
 use std::{
     collections::BTreeMap,
-    fmt,
+    fmt::{self, Write},
     num::NonZeroUsize,
     path::{Path, PathBuf},
     time::Duration,
@@ -184,7 +184,9 @@ impl Redis {
     /// order there, and a node that loses entries' expiries when it fails over loses the log's end with them, which is
     /// noticed. Between nodes, or the shards behind a proxy, neither would hold.
     pub fn key(&self, name: impl fmt::Display) -> String {
-        format!("{{{}}}:{name}", self.prefix)
+        let mut key = String::with_capacity(self.prefix.len() + 32);
+        let _ = write!(key, "{{{}}}:{name}", self.prefix);
+        key
     }
 
     /// Connections that one instance holds.

@@ -489,6 +489,27 @@ async fn a_redis_clock_that_went_back_costs_nothing_but_age() {
     assert_eq!(value(&afresh), Some(11));
 }
 
+#[tokio::test]
+async fn an_expiry_of_everything_reaches_what_was_loaded_before_redis_clock_went_back() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10), (2, 20)]);
+    let node = Node::hearing(&truth, &redis.url(), &[]).await;
+    for id in [1, 2] {
+        node.value(id).await;
+        // As if the clock had gone back by a minute since the load.
+        let name = format!("{{product-cache}}:thing:{id}");
+        let stored: Vec<u8> = redis::from_redis_value(redis.command(&["HGET", &name, "b"]).await).unwrap();
+        let loaded_ms: u64 = std::str::from_utf8(&stored[..14]).unwrap().parse().unwrap();
+        let later = [format!("{:014}", loaded_ms + 60_000).as_bytes(), &stored[14..]].concat();
+        redis.command(&[b"HSET", name.as_bytes(), b"b", &later]).await;
+        truth.set(id, id as u64 * 10 + 1);
+    }
+    node.cache.expire_everything(BUDGET).await.unwrap();
+    assert_eq!(node.value(1).await, Some(11), "by the script, as memory holds a stale copy");
+    let other = Node::hearing(&truth, &redis.url(), &[]).await;
+    assert_eq!(other.value(2).await, Some(21), "by the look before it");
+}
+
 // ---- L2 ---------------------------------------------------------------------------------------------------------
 
 #[tokio::test]
@@ -504,6 +525,17 @@ async fn a_new_instance_reads_redis_instead_of_the_database_and_keeps_it_no_long
     assert_eq!(truth.loads(), 1);
     assert!(answer.age() >= Duration::from_millis(1200), "{:?}", answer.age());
     assert!(answer.ttl_s() < 2, "{}", answer.ttl_s());
+}
+
+#[tokio::test]
+async fn a_hit_in_redis_is_one_command_and_takes_no_lease() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    Node::hearing(&truth, &redis.url(), &[]).await.value(1).await;
+    let new = Node::hearing(&truth, &redis.url(), &[]).await;
+    let before = (redis.calls("evalsha").await, redis.calls("hmget").await);
+    assert_eq!(new.read(1).await.how().level, Level::Redis);
+    assert_eq!((redis.calls("evalsha").await, redis.calls("hmget").await), (before.0, before.1 + 1));
 }
 
 #[tokio::test]
@@ -568,7 +600,7 @@ async fn damaged_entries_in_redis_are_misses_and_are_replaced() {
     let whole: Vec<u8> =
         redis::from_redis_value(redis.command(&["HGET", "{product-cache}:thing:1", "b"]).await).unwrap();
     let flipped = [&whole[..whole.len() - 1], &[whole[whole.len() - 1] ^ 1]].concat();
-    let (cut, without_times) = (&whole[..30], &whole[24..]);
+    let (cut, without_times) = (&whole[..30], &whole[34..]);
     for (loads, damaged) in [&b"noise"[..], b"", &flipped, cut, without_times].into_iter().enumerate() {
         redis.command(&[b"HSET", "{product-cache}:thing:1".as_bytes(), b"b", damaged]).await;
         assert_eq!(Node::hearing(&truth, &redis.url(), &[]).await.value(1).await, Some(10));
