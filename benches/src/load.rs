@@ -3,6 +3,7 @@
 //! Knows no server. Invariant: an answer that is not exactly what was expected ends the run with an error.
 
 use std::{
+    ops::Range,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -77,10 +78,8 @@ pub fn batch(ids: &[i64], bodies: &Bodies) -> Request {
 }
 
 /// Which request comes when.
-#[derive(Clone)]
+#[derive(Clone, Copy)]
 pub enum Order {
-    /// One after the other, all connections together, each once.
-    Once,
     /// Zipf (exponent 1) over all, the first most often.
     Zipf,
     /// Each as often as any other, at random.
@@ -102,6 +101,18 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// Both together, as if one had followed the other at once.
+    pub fn and(mut self, other: Self) -> Result<Self> {
+        self.latency.add(&other.latency).map_err(|error| error.to_string())?;
+        Ok(Self {
+            answers: self.answers + other.answers,
+            elapsed: self.elapsed + other.elapsed,
+            latency: self.latency,
+            server: self.server + other.server,
+            generator: self.generator + other.generator,
+        })
+    }
+
     /// Answers per second.
     pub fn throughput(&self) -> f64 {
         self.answers as f64 / self.elapsed.as_secs_f64()
@@ -133,39 +144,51 @@ impl Outcome {
     }
 }
 
-/// Asks for a time, in this order.
+/// The requests of a million picks, in this order.
+pub fn picks(order: Order, requests: &[Request]) -> Result<Arc<[u32]>> {
+    let (mut random, most) = (StdRng::seed_from_u64(7), requests.len() as f64);
+    let zipf = rand_distr::Zipf::new(most, 1.0).map_err(|error| error.to_string())?;
+    let mut pick = || match order {
+        Order::Zipf => random.sample(zipf) as u32 - 1,
+        Order::Uniform => random.random_range(0..requests.len() as u32),
+    };
+    Ok((0..1_000_000).map(|_| pick()).collect())
+}
+
+/// Asks for a time, as picked; each connection begins this many picks after its first.
 pub async fn for_a_while(
     server: &Server,
     connections: usize,
     requests: &Arc<[Request]>,
-    order: Order,
+    picks: &Arc<[u32]>,
+    skip: usize,
     time: Duration,
 ) -> Result<Outcome> {
-    let picks: Arc<[u32]> = match order {
-        Order::Once => (0..requests.len() as u32).collect(),
-        order => {
-            let (mut random, most) = (StdRng::seed_from_u64(7), requests.len() as f64);
-            let zipf = rand_distr::Zipf::new(most, 1.0).map_err(|error| error.to_string())?;
-            let mut pick = || match order {
-                Order::Zipf => random.sample(zipf) as u32 - 1,
-                _ => random.random_range(0..requests.len() as u32),
-            };
-            (0..1_000_000).map(|_| pick()).collect()
-        }
-    };
-    let stride = picks.len() / connections;
-    run(server, connections, move |connection, n| (connection * stride + n) % picks.len(), requests, Some(time)).await
+    let (stride, picks) = (picks.len() / connections, picks.clone());
+    let pick = move |connection, n| Some(picks[(connection * stride + skip + n) % picks.len()] as usize);
+    run(server, connections, pick, requests, Some(time)).await
 }
 
-/// Asks for each once.
-pub async fn each_once(server: &Server, connections: usize, requests: &Arc<[Request]>) -> Result<Outcome> {
-    run(server, connections, move |connection, n| connection + n * connections, requests, None).await
+/// Asks for each of these once, all connections together.
+pub async fn each_once(
+    server: &Server,
+    connections: usize,
+    requests: &Arc<[Request]>,
+    range: Range<usize>,
+) -> Result<Outcome> {
+    let pick = move |connection, n| Some(range.start + connection + n * connections).filter(|index| *index < range.end);
+    run(server, connections, pick, requests, None).await
+}
+
+/// Asks for each once, all connections together.
+pub async fn all_once(server: &Server, connections: usize, requests: &Arc<[Request]>) -> Result<Outcome> {
+    each_once(server, connections, requests, 0..requests.len()).await
 }
 
 async fn run(
     server: &Server,
     connections: usize,
-    pick: impl Fn(usize, usize) -> usize + Clone + Send + 'static,
+    pick: impl Fn(usize, usize) -> Option<usize> + Clone + Send + 'static,
     requests: &Arc<[Request]>,
     time: Option<Duration>,
 ) -> Result<Outcome> {
@@ -182,7 +205,8 @@ async fn run(
             for n in 0.. {
                 let sent = Instant::now();
                 let over = time.is_some_and(|time| sent - begin >= time);
-                let Some(request) = requests.get(pick(index, n)).filter(|_| !over) else { break };
+                let Some(next) = pick(index, n).filter(|_| !over) else { break };
+                let request = &requests[next];
                 connection.exchange(&request.bytes, Some(request)).await?;
                 times.push(sent.elapsed().as_nanos() as u64);
             }

@@ -70,10 +70,10 @@ async fn per_hit(name: &str, settings: Settings, bodies: &Bodies, hits: &Arc<[Re
         settings.extend([("HTTP_WORKERS", "1".to_owned()), ("PATH", std::env::var("PATH").unwrap_or_default())]);
         let server = Server::start_program(&program, settings)?;
         if name == "handler" {
-            load::each_once(&server, 1, &load::products(0..PRODUCTS, bodies, "fwd=miss")).await?;
+            load::all_once(&server, 1, &load::products(0..PRODUCTS, bodies, "fwd=miss")).await?;
         }
         for _ in 0..=times {
-            load::each_once(&server, 1, hits).await?;
+            load::all_once(&server, 1, hits).await?;
         }
         server.stop()?;
         let text = fs::read_to_string(&out).map_err(|error| format!("callgrind wrote nothing: {error}"))?;

@@ -25,12 +25,16 @@ pub(super) async fn warm(bench: &mut Bench) -> Result<()> {
         let (bodies, catalogue) = (Bodies::new(size), Catalogue::new(PRODUCTS, size, Rows::Stored).await?);
         let (requests, constant) = (load::products(0..PRODUCTS, &bodies, "L1; hit"), constant(&bodies, PRODUCTS));
         for workers in [1, 2] {
-            let server = handler(settings(catalogue.url(), Some(redis.url()), workers)).await?;
-            fill(&server, 0..PRODUCTS, &bodies).await?;
-            let reference = ceiling(&bodies, workers)?;
-            let ours = Side { server: &server, connections: CONNECTIONS, requests: &requests, order: Order::Zipf };
-            let theirs = Side { server: &reference, connections: CONNECTIONS, requests: &constant, order: Order::Zipf };
-            let rounds = turns(bench, ours, theirs).await?;
+            let mut rounds = Vec::new();
+            let (lives, rounds_each) = bench.lives();
+            for _ in 0..lives {
+                let server = handler(settings(catalogue.url(), Some(redis.url()), workers)).await?;
+                fill(&server, 0..PRODUCTS, &bodies).await?;
+                let reference = ceiling(&bodies, workers)?;
+                let side = |server, requests| Side { server, connections: CONNECTIONS, requests, order: Order::Zipf };
+                let (ours, theirs) = (side(&server, &requests), side(&reference, &constant));
+                rounds.extend(turns(bench, rounds_each, ours, theirs).await?);
+            }
             let name = format!("warm hit, {}, {workers} worker{}", size.name(), if workers == 1 { "" } else { "s" });
             bench.add_both(&name, "ceiling", Bound::AtLeast(0.95), Bound::AtMost(1.05), &rounds);
         }
@@ -54,7 +58,7 @@ pub(super) async fn not_modified(bench: &mut Bench) -> Result<()> {
         .collect();
     let ours = Side { server: &server, connections: CONNECTIONS, requests: &conditional, order: Order::Zipf };
     let theirs = Side { server: &server, connections: CONNECTIONS, requests: &requests, order: Order::Zipf };
-    let rounds = turns(bench, ours, theirs).await?;
+    let rounds = turns(bench, bench.rounds(), ours, theirs).await?;
     let (faster, cheaper) = (Bound::AtLeast(1.0), Bound::AtMost(1.0));
     bench.add_both("304 on a warm hit, 3.4kB", "the 200", faster, cheaper, &rounds);
     Ok(())
@@ -68,7 +72,7 @@ async fn filled_redis(catalogue: &Catalogue, bodies: &Bodies, count: i64) -> Res
     Ok(redis)
 }
 
-async fn fill_ceiling(redis: &RedisServer, bodies: &Bodies, count: i64) -> Result<Server> {
+async fn fill_for_ceiling(redis: &RedisServer, bodies: &Bodies, count: i64) -> Result<()> {
     let client = ::redis::Client::open(redis.url()).map_err(|error| error.to_string())?;
     let mut connection = client.get_multiplexed_async_connection().await.map_err(|error| error.to_string())?;
     for start in (0..count).step_by(500) {
@@ -78,29 +82,34 @@ async fn fill_ceiling(redis: &RedisServer, bodies: &Bodies, count: i64) -> Resul
         }
         let _: () = pipeline.query_async(&mut connection).await.map_err(|error| error.to_string())?;
     }
-    Server::start("redis_ceiling", vec![("HTTP_WORKERS", "1".to_owned()), ("REDIS_URL", redis.url())])
+    Ok(())
 }
 
 /// Products that are in Redis and not in memory, each asked for once, against `redis_ceiling`.
 pub(super) async fn l2(bench: &mut Bench) -> Result<()> {
     const PER_ROUND: i64 = 10_000;
-    let count = PER_ROUND * (bench.rounds() as i64 + 1);
+    let (lives, rounds_each) = bench.lives();
+    let count = PER_ROUND * (lives * (rounds_each + 1)) as i64;
     let bodies = Bodies::new(Size::Large);
     let catalogue = Catalogue::new(count, Size::Large, Rows::Computed).await?;
     let redis = filled_redis(&catalogue, &bodies, count).await?;
-    let server = handler(settings_of_full_memory(catalogue.url(), Some(redis.url()))).await?;
-    let mut clients = Vec::new();
-    let reference = fill_ceiling(&redis, &bodies, count).await?;
-    let mut rounds = Vec::new();
-    let _one_core = OneCore::keep(&[&server, &reference]);
-    for round in 0..=bench.rounds() as i64 {
-        let range = round * PER_ROUND..(round + 1) * PER_ROUND;
-        let (ours, theirs) = (load::products(range.clone(), &bodies, "L2; hit"), load::products(range, &bodies, ""));
-        let both = each_once_in_turns(round, CONNECTIONS, (&server, &ours), (&reference, &theirs)).await?;
-        // But for the log's, and redis_ceiling's own.
-        clients.push((redis.clients().await as f64 - 2.0, 2.0));
-        if round > 0 {
-            rounds.push(both);
+    fill_for_ceiling(&redis, &bodies, count).await?;
+    let mut ranges = (0..count).step_by(PER_ROUND as usize).map(|start| start..start + PER_ROUND);
+    let (mut rounds, mut clients) = (Vec::new(), Vec::new());
+    for _ in 0..lives {
+        let server = handler(settings_of_full_memory(catalogue.url(), Some(redis.url()))).await?;
+        let settings = vec![("HTTP_WORKERS", "1".to_owned()), ("REDIS_URL", redis.url())];
+        let reference = Server::start("redis_ceiling", settings)?;
+        let _one_core = OneCore::keep(&[&server, &reference]);
+        for (round, range) in ranges.by_ref().take(rounds_each + 1).enumerate() {
+            let requests = |cache_status| load::products(range.clone(), &bodies, cache_status);
+            let (ours, theirs) = (requests("L2; hit"), requests(""));
+            let both = each_once_in_turns(CONNECTIONS, (&server, &ours), (&reference, &theirs)).await?;
+            // But for redis_ceiling's own and the one that counts.
+            clients.push((redis.clients().await as f64 - 2.0, 2.0));
+            if round > 0 {
+                rounds.push(both); // in the first one the memory fills
+            }
         }
     }
     bench.add_both("L2 hit, 3.4kB", "redis_ceiling", Bound::AtLeast(0.85), Bound::None, &rounds);
@@ -110,34 +119,40 @@ pub(super) async fn l2(bench: &mut Bench) -> Result<()> {
 
 /// A hundred ids, half in memory and half in Redis, against one hit in Redis.
 pub(super) async fn batch(bench: &mut Bench) -> Result<()> {
+    const WARM: i64 = 50;
+    /// More than the memory holds.
+    const FULL: i64 = 5_000;
     const BATCHES: i64 = 20;
-    const SINGLES: i64 = 500;
-    let per_round = BATCHES * 50 + SINGLES;
-    let count = 50 + per_round * (bench.rounds() as i64 + 1);
+    const SINGLES_PER_BATCH: i64 = 25;
+    let per_batch = 50 + SINGLES_PER_BATCH;
+    let count = WARM + FULL + per_batch * BATCHES * (bench.rounds() as i64 + 1);
     let bodies = Bodies::new(Size::Large);
     let catalogue = Catalogue::new(count, Size::Large, Rows::Computed).await?;
     let redis = filled_redis(&catalogue, &bodies, count).await?;
-    let server = handler(settings(catalogue.url(), Some(redis.url()), 1)).await?;
-    fill(&server, 0..50, &bodies).await?;
+    let server = handler(settings_of_full_memory(catalogue.url(), Some(redis.url()))).await?;
+    fill(&server, WARM..WARM + FULL, &bodies).await?;
+    for _ in 0..3 {
+        fill(&server, 0..WARM, &bodies).await?; // often enough to be kept
+    }
     let mut connection = Connection::open(server.port).await?;
+    let mut next = FIRST + WARM + FULL;
     let mut rounds = Vec::new();
-    for round in 0..=bench.rounds() as i64 {
-        let first = 50 + round * per_round;
-        let mut times = (Vec::new(), Vec::new());
-        for n in 0..SINGLES {
-            let request = Request::product(FIRST + first + n, &bodies, "L2; hit");
-            times.1.push(timed(&mut connection, &request).await?);
-        }
-        for n in 0..BATCHES {
-            let cold = first + SINGLES + n * 50;
+    for round in 0..=bench.rounds() {
+        let (mut batches, mut singles) = (Vec::new(), Vec::new());
+        for _ in 0..BATCHES {
+            for id in next..next + SINGLES_PER_BATCH {
+                singles.push(timed(&mut connection, &Request::product(id, &bodies, "L2; hit")).await?);
+            }
             // By turns, as a page of products would mix them.
-            let ids: Vec<_> = (0..50).flat_map(|n| [FIRST + n, FIRST + cold + n]).collect();
+            let cold = next + SINGLES_PER_BATCH;
+            let ids: Vec<_> = (0..50).flat_map(|n| [FIRST + n, cold + n]).collect();
             let mut request = load::batch(&ids, &bodies);
             request.cache_status = "memory 50, redis 50, database 0";
-            times.0.push(timed(&mut connection, &request).await?);
+            batches.push(timed(&mut connection, &request).await?);
+            next += per_batch;
         }
         if round > 0 {
-            rounds.push((median(&times.0), median(&times.1)));
+            rounds.push((median(&batches), median(&singles)));
         }
     }
     let scenario = "batch of 100, 50 in L1 and 50 in L2: time";

@@ -43,7 +43,7 @@ pub(super) async fn miss(bench: &mut Bench) -> Result<()> {
                 (2 * round * per_round, (2 * round + 1) * per_round, 2 * (round + 1) * per_round);
             let ours = load::products(start..middle, &bodies, "fwd=miss");
             let theirs = load::products(middle..end, &bodies, "");
-            let both = each_once_in_turns(round, CONNECTIONS, (&server, &ours), (&reference, &theirs)).await?;
+            let both = each_once_in_turns(CONNECTIONS, (&server, &ours), (&reference, &theirs)).await?;
             if round > 0 {
                 rounds.push(both);
             }

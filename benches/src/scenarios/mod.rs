@@ -1,7 +1,7 @@
 //! The scenarios: what is measured, against what, and what it should reach.
 //!
-//! Each starts its own servers and stops them. Invariant: what is compared is measured in turns (A B, B A, …), with the same
-//! workers, the same bodies and the same number of connections. Throughput is of
+//! Each starts its own servers and stops them. Invariant: what is compared is measured in short turns (A B, B A, …), with
+//! the same workers, bodies of the same size and the same number of connections. Throughput is of
 //! server and generator together where they share a core; processor time is the server's alone.
 
 mod hits;
@@ -63,7 +63,13 @@ impl Bench {
         if self.quick { 3 } else { 9 }
     }
 
-    /// How long each side is asked in a round.
+    /// How often servers are started anew for a comparison, and how many rounds each of their lives has. Where a process's
+    /// memory comes to lie changes what its requests cost by several per cent, for as long as it lives.
+    fn lives(&self) -> (usize, usize) {
+        (3, self.rounds() / 3)
+    }
+
+    /// How long each side is asked in a round, all its turns together.
     fn time(&self) -> Duration {
         if self.quick { Duration::from_millis(800) } else { Duration::from_secs(3) }
     }
@@ -97,46 +103,59 @@ struct Side<'a> {
     order: Order,
 }
 
-impl Side<'_> {
-    async fn ask(&self, time: Duration) -> Result<Outcome> {
-        load::for_a_while(self.server, self.connections, self.requests, self.order.clone(), time).await
-    }
-}
+/// In how many turns a round is measured: what else a shared machine does lasts longer than a turn, and so meets both sides.
+const TURNS: usize = 10;
 
-/// Asks both in turns.
-async fn turns(bench: &Bench, ours: Side<'_>, theirs: Side<'_>) -> Result<Vec<(Outcome, Outcome)>> {
+/// Asks both in turns, for this many rounds.
+async fn turns(bench: &Bench, rounds: usize, ours: Side<'_>, theirs: Side<'_>) -> Result<Vec<(Outcome, Outcome)>> {
     let _one_core = OneCore::keep(&[ours.server, theirs.server]);
-    for side in [&ours, &theirs] {
-        side.ask(bench.time() / 2).await?; // caches of the processor, branch predictors, page tables
+    let sides =
+        [(&ours, load::picks(ours.order, ours.requests)?), (&theirs, load::picks(theirs.order, theirs.requests)?)];
+    let ask = async |index: usize, turn: usize, time: Duration| {
+        let (side, picks) = &sides[index];
+        let skip = turn * 10_007; // more than a connection asks in a turn
+        load::for_a_while(side.server, side.connections, side.requests, picks, skip, time).await
+    };
+    for index in [0, 1] {
+        ask(index, 0, bench.time() / 2).await?; // caches of the processor, branch predictors, page tables
     }
-    let mut rounds = Vec::new();
-    for round in 0..bench.rounds() {
-        rounds.push(if round % 2 == 0 {
-            let first = ours.ask(bench.time()).await?;
-            (first, theirs.ask(bench.time()).await?)
-        } else {
-            let first = theirs.ask(bench.time()).await?;
-            (ours.ask(bench.time()).await?, first)
-        });
+    let mut found = Vec::new();
+    for round in 0..rounds {
+        let turn = async |index, turn| ask(index, round * TURNS + turn, bench.time() / TURNS as u32).await;
+        found.push(one_round(turn).await?);
     }
-    Ok(rounds)
+    Ok(found)
 }
 
-/// Asks both for each of their products once; who comes first changes from round to round.
+/// Asks both for each of their products once, in turns.
 async fn each_once_in_turns(
-    round: i64,
     connections: usize,
     ours: (&Server, &Arc<[Request]>),
     theirs: (&Server, &Arc<[Request]>),
 ) -> Result<(Outcome, Outcome)> {
-    let ask = async |(server, requests)| load::each_once(server, connections, requests).await;
-    Ok(if round % 2 == 0 {
-        let first = ask(ours).await?;
-        (first, ask(theirs).await?)
-    } else {
-        let first = ask(theirs).await?;
-        (ask(ours).await?, first)
+    one_round(async |index, turn| {
+        let (server, requests) = [ours, theirs][index];
+        let part = requests.len().div_ceil(TURNS);
+        let range = (turn * part).min(requests.len())..((turn + 1) * part).min(requests.len());
+        load::each_once(server, connections, requests, range).await
     })
+    .await
+}
+
+/// Ours and theirs of a round: A B, B A, A B …
+async fn one_round(ask: impl AsyncFn(usize, usize) -> Result<Outcome>) -> Result<(Outcome, Outcome)> {
+    let mut both: [Option<Outcome>; 2] = [None, None];
+    for turn in 0..TURNS {
+        for index in if turn % 2 == 0 { [0, 1] } else { [1, 0] } {
+            let outcome = ask(index, turn).await?;
+            both[index] = Some(match both[index].take() {
+                Some(before) => before.and(outcome)?,
+                None => outcome,
+            });
+        }
+    }
+    let [Some(ours), Some(theirs)] = both else { return Err("a round without turns".to_owned()) };
+    Ok((ours, theirs))
 }
 
 /// A SQLite file with products; it goes with its owner.
@@ -216,7 +235,7 @@ async fn fill(server: &Server, range: std::ops::Range<i64>, bodies: &Bodies) -> 
     // A thousand batches at a time: their bodies are all in memory meanwhile.
     for start in range.clone().step_by(100_000) {
         let part = start..(start + 100_000).min(range.end);
-        load::each_once(server, 8, &load::batches(part, bodies)).await?;
+        load::all_once(server, 8, &load::batches(part, bodies)).await?;
     }
     Ok(())
 }
@@ -228,7 +247,8 @@ fn ceiling(bodies: &Bodies, workers: usize) -> Result<Server> {
 
 /// What `ceiling` answers, however it is asked.
 fn constant(bodies: &Bodies, count: i64) -> Arc<[Request]> {
-    let body = bytes::Bytes::from(vec![b'x'; bodies.len()]);
+    // Each has bytes of its own, so that to compare them costs the generator as much as to compare products'.
+    let body = || vec![b'x'; bodies.len()];
     let target = |n| load::target(catalogue::FIRST + n);
-    (0..count).map(|n| Request::get(&target(n), "", 200, body.clone(), "")).collect()
+    (0..count).map(|n| Request::get(&target(n), "", 200, body(), "")).collect()
 }

@@ -28,10 +28,10 @@ async fn compare(
     fill(&server, 0..PRODUCTS, &bodies).await?;
     let theirs = start(&catalogue, &redis)?;
     let (hits, any) = (load::products(0..PRODUCTS, &bodies, "L1; hit"), load::products(0..PRODUCTS, &bodies, ""));
-    load::each_once(&theirs, 8, &any).await?;
+    load::all_once(&theirs, 8, &any).await?;
     let ours = Side { server: &server, connections: CONNECTIONS, requests: &hits, order: Order::Zipf };
     let theirs = Side { server: &theirs, connections: CONNECTIONS, requests: &any, order: Order::Zipf };
-    let rounds = turns(bench, ours, theirs).await?;
+    let rounds = turns(bench, bench.rounds(), ours, theirs).await?;
     let [throughput, cpu] = bounds;
     bench.add_both(name, reference, throughput, cpu, &rounds);
     Ok(())

@@ -29,13 +29,14 @@ pub(super) async fn clients(bench: &mut Bench) -> Result<()> {
     fill(&server, 0..1_000, &bodies).await?;
     let requests = load::products(0..1_000, &bodies, "L1; hit");
     let before = redis.clients().await as f64;
+    let picks = load::picks(Order::Uniform, &requests)?;
     let mut rounds = Vec::new();
     let mut connected = Vec::new();
     for _ in 0..bench.rounds() {
         let time = bench.time().max(Duration::from_secs(2));
-        let ours = load::for_a_while(&server, many, &requests, Order::Uniform, time).await?;
+        let ours = load::for_a_while(&server, many, &requests, &picks, 0, time).await?;
         connected.push((redis.clients().await as f64, before));
-        rounds.push((ours, load::for_a_while(&server, 64, &requests, Order::Uniform, time).await?));
+        rounds.push((ours, load::for_a_while(&server, 64, &requests, &picks, 0, time).await?));
     }
     bench.add_both(&format!("{many} clients"), "64 clients", Bound::None, Bound::None, &rounds);
     bench.report.add(&format!("{many} clients: Redis connections"), "", "before", Bound::AtMost(1.0), &connected);
@@ -54,7 +55,7 @@ pub(super) async fn growth(bench: &mut Bench) -> Result<()> {
     let (some, all) = (load::products(0..1_000, &bodies, "L1; hit"), load::products(0..many, &bodies, "L1; hit"));
     let ours = Side { server: &full, connections: 64, requests: &all, order: Order::Uniform };
     let theirs = Side { server: &few, connections: 64, requests: &some, order: Order::Uniform };
-    let rounds = turns(bench, ours, theirs).await?;
+    let rounds = turns(bench, bench.rounds(), ours, theirs).await?;
     bench.add_both(&format!("{many} keys, each as hot"), "1000 keys", Bound::None, Bound::AtMost(1.15), &rounds);
     drop((few, full));
 
@@ -151,7 +152,7 @@ pub(super) async fn memory(bench: &mut Bench) -> Result<()> {
             let catalogue = Catalogue::new(count, size, Rows::Computed).await?;
             let server = handler(settings(catalogue.url(), None, 2)).await?;
             // What requests, batches and connections need once.
-            load::each_once(&server, 8, &load::batches(0..1_000, &bodies)).await?;
+            load::all_once(&server, 8, &load::batches(0..1_000, &bodies)).await?;
             let before = server.resident();
             fill(&server, 1_000..count, &bodies).await?;
             let stored = (count - 1_000) as f64 * bodies.len() as f64;
