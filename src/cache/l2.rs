@@ -1,9 +1,9 @@
 //! L2: entries and leases in Redis, one hash per key, changed only by single-key commands and single-key scripts.
 //!
-//! Hash fields: `b` when its load began (14 digits), the generation its loader knew (10; see [`Floor`]), how long it took (10)
-//! and the envelope, `f` fresh until, `t` lease token, `u` lease until, `a` the first two of a leased load; all times are
-//! Redis' own milliseconds, so instances' clocks never meet. Invariant (C3): `b` is written only by the holder of the current lease, and expiring takes `f` and
-//! the lease away in one step.
+//! Hash fields: `b` when its load began (14 digits), the generation its loader knew (10; see [`Floor`]), how long it took
+//! (10) and the envelope, `f` fresh until, `t` lease token, `u` lease until, `a` the first two of a leased load; all
+//! times are Redis' own milliseconds, so instances' clocks never meet. Invariant (C3): `b` is written only by the holder
+//! of the current lease, and expiring takes `f` and the lease away in one step.
 
 use std::{ops::Range, time::Duration};
 
@@ -25,7 +25,8 @@ local v = redis.call('HMGET', KEYS[1], 'b', 'f', 't', 'u')
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local b, fresh_until = v[1] or '', tonumber(v[2])
-local loaded, generation, took = tonumber(string.sub(b, 1, 14)), tonumber(string.sub(b, 15, 24)), tonumber(string.sub(b, 25, 34))
+local function digits(from, to) return tonumber(string.sub(b, from, to)) end
+local loaded, generation, took = digits(1, 14), digits(15, 24), digits(25, 34)
 if not loaded or not generation or not took then b, loaded, generation, took = '', now, known, 0 end
 -- Redis' clock may be set back, or be another one's after a failover.
 local age = math.max(0, now - loaded)

@@ -1,8 +1,8 @@
 //! The way of a flight: Redis, else the lease, else another instance's load, else the database; then the fill.
 //!
-//! Looking into Redis is the reader's own first step; all that follows runs apart from it, so that a client that goes away
-//! ends no load. Takes one key or a batch alike: one round trip to Redis and one query for all of them. Invariants: C2 and
-//! the Redis half of C3; S1, whatever Redis does costs time but never the answer.
+//! Looking into Redis is the reader's own first step; all that follows runs apart from it, so that a client that goes
+//! away ends no load. Takes one key or a batch alike: one round trip to Redis and one query for all of them. Invariants:
+//! C2 and the Redis half of C3; S1, whatever Redis does costs time but never the answer.
 
 use std::{collections::HashMap, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
@@ -38,8 +38,8 @@ impl From<Guard> for Under {
     }
 }
 
-/// Ends those of these flights whose entry is fresh in Redis; returns the others. Holds nothing but the flights, so a reader
-/// may drop it: another one leads anew.
+/// Ends those of these flights whose entry is fresh in Redis; returns the others. Holds nothing but the flights, so a
+/// reader may drop it: another one leads anew.
 pub(super) async fn look_for_fresh(cache: &Arc<Inner>, guards: Vec<Guard>) -> Vec<Under> {
     let mut flights: Vec<_> = guards.into_iter().map(Under::from).collect();
     let Some(remote) = cache.shared.as_ref().filter(|_| !flights.is_empty()) else { return flights };
@@ -54,8 +54,8 @@ pub(super) async fn look_for_fresh(cache: &Arc<Inner>, guards: Vec<Guard>) -> Ve
     others
 }
 
-/// Looks at these keys in Redis, once: ends what is fresh there; returns what nobody is loading, and, if `want_leases`, what
-/// others are. `Err`: Redis does not answer; the keeper says what is wrong with the connection.
+/// Looks at these keys in Redis, once: ends what is fresh there; returns what nobody is loading, and, if `want_leases`,
+/// what others are. `Err`: Redis does not answer; the keeper says what is wrong with the connection.
 async fn see(
     cache: &Inner,
     l2: &L2,

@@ -23,7 +23,7 @@ use crate::{
     redis::{Error, Lua, Redis},
 };
 
-/// Appends a notice; `ARGV`: author, keys, largest length, largest age in milliseconds, generation that the author knows.
+/// Appends a notice; `ARGV`: author, keys, largest length, largest age in milliseconds, the generation its author knows.
 const APPEND: &str = r"
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
 local clock = redis.call('TIME')

@@ -290,8 +290,8 @@ impl Cache {
     /// The answers for all these keys, in order: from memory, else from Redis (one round trip for all), else from the
     /// database (one query for all, at most one per key in the cluster).
     ///
-    /// Dropping the future ends the wait, not a load from the database. Waits as long as the loads do: callers set a deadline and fall
-    /// back to [`Cache::get_stale`].
+    /// Dropping the future ends the wait, not a load from the database. Waits as long as the loads do: callers set a
+    /// deadline and fall back to [`Cache::get_stale`].
     pub async fn get_or_load(
         &self,
         keys: &[Key],

@@ -103,7 +103,7 @@ fn add(bench: &mut Bench, name: &str, expiries: &[Expiry], p50: f64, p99: f64) {
         seconds.sort_by(f64::total_cmp);
         seconds[((seconds.len() - 1) as f64 * share).round() as usize]
     };
-    // Plain pub/sub took 0.16 ms (p50) and 0.27 ms (p99) where the milliseconds were set; what they are to it holds anywhere.
+    // Plain pub/sub took 0.16 ms (p50) and 0.27 ms (p99) where the milliseconds were set: as ratios they hold anywhere.
     for (share, label, target, plain) in [(0.5, "p50", p50, 0.16e-3), (0.99, "p99", p99, 0.27e-3)] {
         let bound = if p50.is_finite() { Bound::AtMost(target / plain) } else { Bound::None };
         let scenario = format!("{name}, no longer wrong, against plain pub/sub: {label}");

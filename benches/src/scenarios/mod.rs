@@ -1,8 +1,8 @@
 //! The scenarios: what is measured, against what, and what it should reach.
 //!
 //! Each starts its own servers and stops them. Invariant: what is compared is measured in short turns (A B, B A, …), with
-//! the same workers, bodies of the same size and the same number of connections. Throughput is of
-//! server and generator together where they share a core; processor time is the server's alone.
+//! the same workers, bodies of the same size and the same number of connections. Throughput is of server and generator
+//! together where they share a core; processor time is the server's alone.
 
 mod hits;
 mod invalidation;
@@ -103,7 +103,7 @@ struct Side<'a> {
     order: Order,
 }
 
-/// In how many turns a round is measured: what else a shared machine does lasts longer than a turn, and so meets both sides.
+/// In how many turns a round is measured: what else a shared machine does lasts longer than one, and so meets both sides.
 const TURNS: usize = 10;
 
 /// Asks both in turns, for this many rounds.
