@@ -9,8 +9,8 @@ use crate::{
     report::{Bound, Line, Report},
 };
 
-const LABELS: f64 = 430.0;
-const WIDTH: f64 = 900.0;
+const LABELS: f64 = 470.0;
+const WIDTH: f64 = 940.0;
 const ROW: f64 = 20.0;
 /// Ratios from here to there are shown, by their logarithm.
 const FROM: f64 = 0.05;

@@ -92,7 +92,7 @@ pub(super) struct Heard {
     pub(super) floor: Floor,
     /// Nothing more was in the log when this read was sent.
     pub(super) caught_up: bool,
-    /// Redis' time when it was sent, if it was wanted (microseconds).
+    /// Redis' time right after this read was sent, if it was wanted (microseconds).
     pub(super) redis_us: Option<u64>,
 }
 

@@ -12,6 +12,8 @@ pub type Clock = u8;
 /// Id of a notice; 0 is `0-0`. Never given twice, as Redis makes them from the time.
 pub type Id = u8;
 pub type Token = u8;
+/// How many expiries of everything there have been.
+pub type Generation = u8;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct State {
@@ -87,6 +89,8 @@ pub enum Entry {
         version: Version,
         /// `l`, when its load began; 0 in memory.
         began: Clock,
+        /// What its loader knew when it began; 0 in memory.
+        generation: Generation,
         /// Ghost: a fail-over that lost notices brought it back, and who uses it was not told.
         suspect: bool,
     },
@@ -96,6 +100,7 @@ pub enum Entry {
 pub struct Lease {
     pub token: Token,
     pub began: Clock,
+    pub generation: Generation,
     /// Ghost, as in [`Entry::Fresh`].
     pub suspect: bool,
 }
@@ -112,6 +117,7 @@ pub struct Notice {
     pub id: Id,
     pub previous: Id,
     pub floor: Clock,
+    pub generation: Generation,
     /// `None`: an instance that is no more.
     pub author: Option<usize>,
     pub scope: Scope,
@@ -126,6 +132,7 @@ pub struct Instance {
     pub memory: Entry,
     pub flights: Vec<Flight>,
     pub floor: Clock,
+    pub generation: Generation,
     /// `None`: the log was not read yet.
     pub position: Option<Id>,
     /// Read from the log and not yet acted upon.
@@ -172,8 +179,8 @@ pub struct Delivery {
 pub enum Done {
     /// The first of the two commands.
     Half,
-    /// Both commands; the floor that the notice has.
-    Both(Id, Clock),
+    /// Both commands; the floor and the generation that the notice has.
+    Both(Id, Clock, Generation),
     /// What came into memory meanwhile is stale too.
     Here,
 }
@@ -270,8 +277,16 @@ pub enum Action {
 
 impl State {
     pub fn cold(model: &Model) -> Self {
-        let first =
-            Notice { id: 1, previous: 0, floor: 0, author: None, scope: Scope::Nothing, covers: 0, told: false };
+        let first = Notice {
+            id: 1,
+            previous: 0,
+            floor: 0,
+            generation: 0,
+            author: None,
+            scope: Scope::Nothing,
+            covers: 0,
+            told: false,
+        };
         let instance = Instance { position: Some(1), ..Instance::default() };
         Self {
             database: 1,
@@ -290,9 +305,9 @@ impl State {
     /// As after a read on every instance.
     pub fn warm(model: &Model) -> Self {
         let mut state = Self::cold(model);
-        state.redis.entry = Entry::Fresh { version: 1, began: model.clock, suspect: false };
+        state.redis.entry = Entry::Fresh { version: 1, began: model.clock, generation: 0, suspect: false };
         for instance in &mut state.instances {
-            instance.memory = Entry::Fresh { version: 1, began: 0, suspect: false };
+            instance.memory = Entry::Fresh { version: 1, began: 0, generation: 0, suspect: false };
         }
         state
     }
@@ -301,14 +316,17 @@ impl State {
         self.redis.log.last()
     }
 
-    /// Whether Redis' entry is fresh for who knows this floor.
-    pub fn fresh_in_redis(&self, model: &Model, floor: Clock) -> Option<(Version, bool)> {
+    /// Whether Redis' entry is fresh for who knows this floor and this generation.
+    pub fn fresh_in_redis(&self, model: &Model, floor: Clock, known: Generation) -> Option<(Version, bool)> {
         match self.redis.entry {
-            Entry::Fresh { version, began, suspect } => {
+            Entry::Fresh { version, began, generation, suspect } => {
                 // Its age is never negative, though Redis' clock may have been set back.
                 let began = began.min(self.clock);
                 let above = began > floor || began == floor && model.bug == Some(Bug::FloorIncludesItsMillisecond);
-                above.then_some((version, suspect))
+                // Either rule hides that the other one is missing, but for a clock that goes back.
+                let uncounted = matches!(model.bug, Some(Bug::GenerationIgnored | Bug::FloorIncludesItsMillisecond));
+                let counted = generation >= known || uncounted;
+                (above && counted).then_some((version, suspect))
             }
             _ => None,
         }
@@ -600,7 +618,7 @@ impl State {
             time(&mut instance.floor);
             id(&mut instance.own);
             instance.position.iter_mut().for_each(&mut id);
-            if let Some(Delivery { done: Done::Both(number, floor), .. }) = &mut instance.queue.delivery {
+            if let Some(Delivery { done: Done::Both(number, floor, _), .. }) = &mut instance.queue.delivery {
                 id(number);
                 time(floor);
             }
@@ -612,12 +630,15 @@ impl State {
     fn append(&mut self, author: Option<usize>, scope: Scope, covers: Version) -> Notice {
         let last = self.tail().copied();
         let everything = scope == Scope::Everything;
+        let known = author.map_or(0, |author| self.instances[author].generation);
+        let generation = last.map_or(0, |last| last.generation).max(known) + u8::from(everything);
         self.last_id += 1;
         self.appended = self.appended.max(covers);
         let notice = Notice {
             id: self.last_id,
             previous: last.map_or(0, |last| last.id),
             floor: if everything { self.clock } else { last.map_or(0, |last| last.floor) },
+            generation,
             author,
             scope,
             covers: last.map_or(0, |last| last.covers).max(covers),
@@ -629,8 +650,16 @@ impl State {
 
     /// What the next read of the log brings, if anything. A log without a notice gets one first.
     fn read(&self, model: &Model, instance: &Instance) -> Option<Reply> {
-        let nowhere =
-            Notice { id: 0, previous: 0, floor: 0, author: None, scope: Scope::Nothing, covers: 0, told: false };
+        let nowhere = Notice {
+            id: 0,
+            previous: 0,
+            floor: 0,
+            generation: 0,
+            author: None,
+            scope: Scope::Nothing,
+            covers: 0,
+            told: false,
+        };
         let tail = *self.tail().unwrap_or(&nowhere);
         let start = |why| Some(Reply { why, notice: tail, start: true });
         let Some(position) = instance.position else { return start(Some(Why::Missed)) };
@@ -666,6 +695,7 @@ impl State {
         let Some(Reply { why, notice, start }) = instance.reply.take() else { return };
         let known_floor = instance.floor;
         instance.floor = instance.floor.max(notice.floor);
+        instance.generation = instance.generation.max(notice.generation);
         instance.told |= notice.told || self.lost && why == Some(Why::Reset);
         instance.position = Some(notice.id);
         instance.known = instance.known.max(notice.covers);
@@ -695,7 +725,7 @@ impl State {
         let queue = &mut self.instances[i].queue;
         queue.delivery = match queue.delivery {
             // Only with Bug::AppendsBeforeExpiring.
-            Some(delivery) => Some(Delivery { done: Done::Both(0, 0), ..delivery }),
+            Some(delivery) => Some(Delivery { done: Done::Both(0, 0, 0), ..delivery }),
             None => queue.key.map(|item| Delivery { scope: Scope::Key, covers: item.covers, done: Done::Half }),
         };
     }
@@ -713,15 +743,18 @@ impl State {
         let notice = self.append(Some(i), scope, covers);
         self.clock += u8::from(everything && ticks[1]);
         let half = model.bug == Some(Bug::AppendsBeforeExpiring) && !everything;
-        let done = if half { Done::Half } else { Done::Both(notice.id, notice.floor) };
+        let done = if half { Done::Half } else { Done::Both(notice.id, notice.floor, notice.generation) };
         self.instances[i].queue.delivery = Some(Delivery { scope, covers, done });
     }
 
     fn expire_here(&mut self, model: &Model, i: usize) {
         let instance = &mut self.instances[i];
-        let Some(Delivery { scope, covers, done: Done::Both(id, floor) }) = instance.queue.delivery else { return };
+        let Some(Delivery { scope, covers, done: Done::Both(id, floor, generation) }) = instance.queue.delivery else {
+            return;
+        };
         if model.bug != Some(Bug::OwnFloorLearntLater) {
             instance.floor = instance.floor.max(floor);
+            instance.generation = instance.generation.max(generation);
         }
         instance.own = instance.own.max(id);
         instance.expire(model, scope);
@@ -749,7 +782,8 @@ impl State {
     // A flight.
 
     fn look(&mut self, model: &Model, i: usize, f: usize) {
-        let fresh = self.fresh_in_redis(model, self.instances[i].floor);
+        let Instance { floor, generation, .. } = self.instances[i];
+        let fresh = self.fresh_in_redis(model, floor, generation);
         let drawn = (0..).find(|token| {
             let in_replica = self.replica.as_ref().and_then(|replica| replica.lease);
             !self.is_held(*token) && ![self.redis.lease, in_replica].iter().flatten().any(|old| old.token == *token)
@@ -762,27 +796,29 @@ impl State {
             _ if self.redis.lease.is_some() => Way::Wait,
             _ => {
                 flight.token = drawn;
-                self.redis.lease = drawn.map(|token| Lease { token, began: self.clock, suspect: false });
+                let lease = |token| Lease { token, began: self.clock, generation, suspect: false };
+                self.redis.lease = drawn.map(lease);
                 Way::Load
             }
         };
     }
 
     fn fill(&mut self, model: &Model, i: usize, f: usize) {
-        let cut_off = self.instances[i].cut_off;
+        let Instance { cut_off, generation, .. } = self.instances[i];
         let flight = &mut self.instances[i].flights[f];
         let Way::Loading { version } = flight.way else { return };
         let lease = self.redis.lease.filter(|lease| Some(lease.token) == flight.token);
         let unguarded = (model.bug == Some(Bug::FillsWithoutLease)).then_some(Lease {
             token: 0,
             began: self.clock,
+            generation,
             suspect: false,
         });
         flight.token = None;
         flight.way = Way::Filled { version, refused: !cut_off && lease.or(unguarded).is_none() };
-        if let (false, Some(Lease { began, suspect, .. })) = (cut_off, lease.or(unguarded)) {
+        if let (false, Some(Lease { began, generation, suspect, .. })) = (cut_off, lease.or(unguarded)) {
             self.redis.lease = None;
-            self.redis.entry = Entry::Fresh { version, began, suspect };
+            self.redis.entry = Entry::Fresh { version, began, generation, suspect };
         }
     }
 
@@ -894,7 +930,7 @@ impl Instance {
         };
         let overtaken = flight.overtaken || refused;
         if !overtaken || model.bug == Some(Bug::MemoryFillsUnguarded) {
-            self.memory = Entry::Fresh { version, began: 0, suspect };
+            self.memory = Entry::Fresh { version, began: 0, generation: 0, suspect };
         }
         // Who joins an overtaken flight tries again, as whoever comes next: only its first reader takes the result.
         let joined = flight.joinable && (!overtaken || model.bug == Some(Bug::LateJoinerAccepts));
