@@ -223,6 +223,9 @@ async fn run(
         all.push(times);
         open.push(connection); // closing costs the server time that is none of the requests'
     }
+    if time.is_some() && all.iter().any(Vec::is_empty) {
+        return Err("a connection asked nothing".to_owned());
+    }
     let (elapsed, server, generator) = (begin.elapsed(), server.cpu() - theirs, cpu(std::process::id()) - own);
     all.iter().flatten().for_each(|nanos| latency.saturating_record(*nanos));
     Ok(Outcome { answers: latency.len(), elapsed, latency, server, generator })
