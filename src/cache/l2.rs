@@ -154,8 +154,7 @@ impl L2 {
         }
     }
 
-    /// Reads all keys in one round trip, by the same rules as [`READ_OR_LEASE`] and at a third of its price for Redis,
-    /// and takes no lease. `now_ms`: see [`Clock`](super::clock::Clock); `want_leases`: others' are told apart.
+    /// Reads all keys in one round trip, by the same rules as [`READ_OR_LEASE`], and takes no lease. `now_ms`: see [`Clock`](super::clock::Clock); `want_leases`: others' are told apart.
     pub(super) async fn read(
         &self,
         keys: &[Key],

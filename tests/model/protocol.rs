@@ -127,6 +127,20 @@ pub struct Notice {
     pub told: bool,
 }
 
+impl Notice {
+    /// What stands before the first one.
+    const NONE: Self = Self {
+        id: 0,
+        previous: 0,
+        floor: 0,
+        generation: 0,
+        author: None,
+        scope: Scope::Nothing,
+        covers: 0,
+        told: false,
+    };
+}
+
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Instance {
     pub memory: Entry,
@@ -277,16 +291,7 @@ pub enum Action {
 
 impl State {
     pub fn cold(model: &Model) -> Self {
-        let first = Notice {
-            id: 1,
-            previous: 0,
-            floor: 0,
-            generation: 0,
-            author: None,
-            scope: Scope::Nothing,
-            covers: 0,
-            told: false,
-        };
+        let first = Notice { id: 1, ..Notice::NONE };
         let instance = Instance { position: Some(1), ..Instance::default() };
         Self {
             database: 1,
@@ -650,17 +655,7 @@ impl State {
 
     /// What the next read of the log brings, if anything. A log without a notice gets one first.
     fn read(&self, model: &Model, instance: &Instance) -> Option<Reply> {
-        let nowhere = Notice {
-            id: 0,
-            previous: 0,
-            floor: 0,
-            generation: 0,
-            author: None,
-            scope: Scope::Nothing,
-            covers: 0,
-            told: false,
-        };
-        let tail = *self.tail().unwrap_or(&nowhere);
+        let tail = *self.tail().unwrap_or(&Notice::NONE);
         let start = |why| Some(Reply { why, notice: tail, start: true });
         let Some(position) = instance.position else { return start(Some(Why::Missed)) };
         let own_is_lost = |after: Id, before: Id| {

@@ -105,7 +105,7 @@ pub(super) async fn l2(bench: &mut Bench) -> Result<()> {
             let requests = |cache_status| load::products(range.clone(), &bodies, cache_status);
             let (ours, theirs) = (requests("L2; hit"), requests(""));
             let both = each_once_in_turns(CONNECTIONS, (&server, &ours), (&reference, &theirs)).await?;
-            // But for redis_ceiling's own and the one that counts.
+            // But for the log's, and redis_ceiling's own.
             clients.push((redis.clients().await as f64 - 2.0, 2.0));
             if round > 0 {
                 rounds.push(both); // in the first one the memory fills
