@@ -1,4 +1,5 @@
-//! Tasks that live as long as the process: started once, restarted if they panic, stopped when their owner goes.
+//! Tasks that live as long as the process: started once, restarted if they panic, stopped when their owner goes; and
+//! which thread they run on.
 //!
 //! Knows nothing of what the tasks do. Invariant: a panic in one is logged and counted, and never ends it for good.
 
@@ -12,7 +13,12 @@ use std::{
 };
 
 use futures_util::FutureExt;
-use tokio::{runtime::Handle, task::AbortHandle, time::Instant};
+use tokio::{
+    runtime::Handle,
+    sync::watch,
+    task::AbortHandle,
+    time::{Instant, timeout},
+};
 
 /// Pause before a task that panicked is started again: a panic at once after the start must not become a busy loop.
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
@@ -36,6 +42,50 @@ pub struct Task(AbortHandle);
 impl Drop for Task {
     fn drop(&mut self) {
         self.0.abort();
+    }
+}
+
+/// How long what belongs in the foreground waits for it to exist; a server starts its threads in milliseconds.
+const FOREGROUND_COMES: Duration = Duration::from_secs(1);
+
+/// The runtime of one thread that answers requests, once there is one. What runs there and the requests there reach each
+/// other without waking another thread, which costs more than most of what they do.
+#[derive(Clone, Default)]
+pub struct Foreground(watch::Sender<Option<Handle>>);
+
+impl Foreground {
+    /// This runtime, where nothing answers requests.
+    pub fn of(runtime: &Handle) -> Self {
+        Self(watch::Sender::new(Some(runtime.clone())))
+    }
+
+    /// Called by each thread that answers requests; the first one is taken.
+    pub fn is_here(&self) {
+        self.0.send_if_modified(|runtime| match runtime {
+            Some(_) => false,
+            None => runtime.replace(Handle::current()).is_none(),
+        });
+    }
+
+    /// Runs what `start` makes in the foreground; anew, and here, if there is none or it ends meanwhile.
+    pub async fn run<F>(&self, mut start: impl FnMut() -> F) -> F::Output
+    where
+        F: Future<Output: Send> + Send + 'static,
+    {
+        let _ = timeout(FOREGROUND_COMES, self.0.subscribe().wait_for(Option::is_some)).await;
+        let runtime = self.0.borrow().clone();
+        if let Some(runtime) = runtime {
+            let task = runtime.spawn(start());
+            let _stop = Task(task.abort_handle());
+            match task.await {
+                Ok(output) => return output,
+                Err(error) => match error.try_into_panic() {
+                    Ok(panic) => std::panic::resume_unwind(panic),
+                    Err(_) => self.0.send_replace(None), // its runtime has ended
+                },
+            };
+        }
+        start().await
     }
 }
 
@@ -95,5 +145,44 @@ mod tests {
         }
         drop(task);
         assert!(starts.recv().await.is_none(), "the task is gone, and its sender with it");
+    }
+
+    /// Another thread's runtime, and what ends it.
+    fn elsewhere() -> (Handle, tokio::sync::oneshot::Sender<()>, std::thread::JoinHandle<()>) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let (handle, (end, ended)) = (runtime.handle().clone(), tokio::sync::oneshot::channel());
+        let thread = std::thread::spawn(move || {
+            let _ = runtime.block_on(ended);
+        });
+        (handle, end, thread)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_belongs_in_the_foreground_runs_there_and_here_once_that_has_ended() {
+        let (runtime, end, thread) = elsewhere();
+        let foreground = Foreground::of(&runtime);
+        let where_am_i = || async { std::thread::current().id() };
+        assert_eq!(foreground.run(where_am_i).await, thread.thread().id());
+
+        let starts = std::sync::Arc::new(AtomicU64::new(0));
+        let (counted, mut end) = (starts.clone(), Some(end));
+        let ends_at_second_start = foreground.run(move || {
+            let is_first = counted.fetch_add(1, Ordering::SeqCst) == 0;
+            drop(end.take_if(|_| is_first)); // the other runtime's end
+            async move {
+                if is_first {
+                    std::future::pending::<()>().await;
+                }
+            }
+        });
+        ends_at_second_start.await;
+        assert_eq!(starts.load(Ordering::SeqCst), 2);
+        thread.join().expect("no panic");
+        assert_eq!(foreground.run(where_am_i).await, std::thread::current().id(), "there is none any more");
+
+        let (another, _end, thread) = elsewhere();
+        let told = foreground.clone();
+        another.spawn(async move { told.is_here() }).await.expect("no panic");
+        assert_eq!(foreground.run(where_am_i).await, thread.thread().id(), "until there is another");
     }
 }

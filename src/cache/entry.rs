@@ -3,9 +3,11 @@
 //! Owns the ETag (made once, when the entry is made) and the envelope around stored bytes. Invariant: bytes that are
 //! not exactly what `encode` wrote for this key, by this version, are a miss and never an answer.
 
+use std::ops::{Range, RangeFrom};
+
 use bytes::{BufMut, Bytes, BytesMut};
 use sha2::{Digest, Sha256};
-use xxhash_rust::xxh3::Xxh3Default;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::Key;
 
@@ -38,6 +40,7 @@ impl Body {
         Self { packed: packed.into() }
     }
 
+    /// A body in its packed form, if it can be one.
     fn unpack(packed: Bytes) -> Option<Self> {
         let date = usize::from(*packed.first()?);
         (packed.len() > date + ETAG).then_some(Self { packed })
@@ -69,11 +72,16 @@ impl Body {
 }
 
 impl Entry {
-    /// Bytes it holds.
-    pub(super) fn len(&self) -> usize {
+    /// What has these bytes, which [`Entry::packed`] gave.
+    pub(super) fn from_packed(packed: Bytes) -> Self {
+        if packed.is_empty() { Self::Absent } else { Self::Found(Body { packed }) }
+    }
+
+    /// Its bytes; none for what is absent.
+    pub(super) fn packed(&self) -> &[u8] {
         match self {
-            Self::Absent => 0,
-            Self::Found(body) => body.packed.len(),
+            Self::Absent => &[],
+            Self::Found(body) => &body.packed,
         }
     }
 }
@@ -92,46 +100,46 @@ pub fn etag<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Bytes {
 }
 
 /// First byte of an envelope. A later format takes another one, and each program treats the other's as a miss.
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 const FOUND: u8 = 1;
 const ABSENT: u8 = 0;
 const CHECKSUM: usize = 8;
+const SUM: Range<usize> = 1..1 + CHECKSUM;
+const CHECKED: RangeFrom<usize> = SUM.end..;
+/// Length of what is in front of the body.
+const HEAD: usize = SUM.end + 1;
 const ETAG: usize = 34;
 
-/// Envelope: version, found or absent, checksum (XXH3-64, big endian, over the key, this and all that follows); if found,
+/// Envelope: version; checksum (XXH3-64, big endian, seeded by the key, over all that follows); found or absent; if found,
 /// the body as it is in memory. It finds damage, not forgery: whoever may write to Redis may write anything.
 pub(super) fn encode(key: &Key, entry: &Entry) -> Bytes {
-    let (tag, packed) = match entry {
-        Entry::Absent => (ABSENT, &[][..]),
-        Entry::Found(body) => (FOUND, &body.packed[..]),
-    };
-    let mut envelope = BytesMut::with_capacity(2 + CHECKSUM + packed.len());
-    envelope.put_slice(&[VERSION, tag]);
-    envelope.put_slice(&checksum(key, tag, packed));
+    let packed = entry.packed();
+    let tag = if packed.is_empty() { ABSENT } else { FOUND };
+    let mut envelope = BytesMut::with_capacity(HEAD + packed.len());
+    envelope.put_slice(&[VERSION]);
+    envelope.put_slice(&[0; CHECKSUM]);
+    envelope.put_slice(&[tag]);
     envelope.put_slice(packed);
+    let checksum = checksum(key, &envelope[CHECKED]);
+    envelope[SUM].copy_from_slice(&checksum);
     envelope.freeze()
 }
 
 /// The entry in an envelope; `None` if it is of another version, of another key, or damaged.
 pub(super) fn decode(key: &Key, envelope: Bytes) -> Option<Entry> {
-    let (head, rest) = envelope.split_at_checked(2 + CHECKSUM)?;
-    if head[0] != VERSION || head[2..] != checksum(key, head[1], rest) {
+    if *envelope.first()? != VERSION || *envelope.get(SUM)? != checksum(key, envelope.get(CHECKED)?) {
         return None;
     }
-    match head[1] {
-        ABSENT => rest.is_empty().then_some(Entry::Absent),
-        FOUND => Body::unpack(envelope.slice(2 + CHECKSUM..)).map(Entry::Found),
+    match *envelope.get(HEAD - 1)? {
+        ABSENT => (envelope.len() == HEAD).then_some(Entry::Absent),
+        FOUND => Body::unpack(envelope.slice(HEAD..)).map(Entry::Found),
         _ => None,
     }
 }
 
-fn checksum(key: &Key, tag: u8, rest: &[u8]) -> [u8; CHECKSUM] {
-    let mut hash = Xxh3Default::new();
-    hash.update(key.kind.as_bytes());
-    hash.update(&key.id.to_le_bytes());
-    hash.update(&[tag]);
-    hash.update(rest);
-    hash.digest().to_be_bytes()
+fn checksum(key: &Key, bytes: &[u8]) -> [u8; CHECKSUM] {
+    let seed = xxh3_64_with_seed(key.kind.as_bytes(), key.id as u64);
+    xxh3_64_with_seed(bytes, seed).to_be_bytes()
 }
 
 #[cfg(test)]

@@ -343,8 +343,10 @@ fn seen(key: &Key, reply: Value, now_ms: u64, wants: &impl Fn(u64, u64) -> bool)
     fresh().map(Seen::Fresh).or_else(|| (now_ms < number(&leased_until?)?).then_some(Seen::Leased))
 }
 
+/// At most 19 digits as a number.
 fn number(digits: &[u8]) -> Option<u64> {
-    std::str::from_utf8(digits).ok()?.parse().ok()
+    let add = |sum: u64, digit: &u8| digit.is_ascii_digit().then(|| sum * 10 + u64::from(digit - b'0'));
+    (1..=19).contains(&digits.len()).then(|| digits.iter().try_fold(0, add)).flatten()
 }
 
 /// What a reply says; `None` if it is a fresh envelope that cannot be used.

@@ -1,8 +1,8 @@
 //! The way of a flight: Redis, else the lease, else another instance's load, else the database; then the fill.
 //!
-//! Looking into Redis is the reader's own first step; all that follows runs apart from it, so that a client that goes
-//! away ends no load. Takes one key or a batch alike: one round trip to Redis and one query for all of them. Invariants:
-//! C2 and the Redis half of C3; S1, whatever Redis does costs time but never the answer.
+//! All of it runs apart from the readers, so that a client that goes away ends no load, and on the thread of the one that
+//! began it. Takes one key or a batch alike: one round trip to Redis and one query for all of them. Invariants: C2 and the
+//! Redis half of C3; S1, whatever Redis does costs time but never the answer.
 
 use std::{collections::HashMap, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
@@ -23,11 +23,11 @@ const LOOK_AGAIN: Duration = Duration::from_millis(2);
 const PART_OF_WAIT: u32 = 8;
 
 /// A flight on its way.
-pub(super) struct Under {
+struct Under {
     guard: Guard,
     /// The right to fill Redis; without it only memory is filled.
     token: Option<Token>,
-    stale: Option<Arc<Stored>>,
+    stale: Option<Stored>,
     /// Redis was asked already and did not answer.
     past_redis: bool,
 }
@@ -38,11 +38,18 @@ impl From<Guard> for Under {
     }
 }
 
-/// Ends those of these flights whose entry is fresh in Redis; returns the others. Holds nothing but the flights, so a
-/// reader may drop it: another one leads anew.
-pub(super) async fn look_for_fresh(cache: &Arc<Inner>, guards: Vec<Guard>) -> Vec<Under> {
+/// Ends every one of these flights.
+pub(super) async fn run(cache: Arc<Inner>, guards: Vec<Guard>, load: Load) {
+    let others = look_for_fresh(&cache, guards).await;
+    if !others.is_empty() {
+        Box::pin(lease_and_load(cache, others, load)).await; // most flights end before, and need not carry it
+    }
+}
+
+/// Ends those of these flights whose entry is fresh in Redis; returns the others.
+async fn look_for_fresh(cache: &Inner, guards: Vec<Guard>) -> Vec<Under> {
     let mut flights: Vec<_> = guards.into_iter().map(Under::from).collect();
-    let Some(remote) = cache.shared.as_ref().filter(|_| !flights.is_empty()) else { return flights };
+    let Some(remote) = &cache.shared else { return flights };
     cache.first_hearing().await;
     // What was expired here was expired there, too, and what is to be refreshed has to be leased.
     let unknown = |guard: &Guard| cache.trusts_redis_with(&guard.key) && !cache.memory.holds(&guard.key);
@@ -85,12 +92,11 @@ fn land_copy(cache: &Inner, guard: Guard, copy: Copy, sent: Moment) {
     // Redis counts whole milliseconds, so its entry is up to one older than it says.
     let born = sent - span(copy.age + Duration::from_millis(1));
     let fresh = copy.left.min(duration_of(&copy.entry, cache.config.l1_duration, cache));
-    let stored = cache.memory.stored(copy.entry, born, fresh, copy.took, &guard.flight);
+    let stored = cache.memory.stored(&copy.entry, born, fresh, copy.took, &guard.flight);
     guard.land(stored, How::hit(Level::Redis), true, false);
 }
 
-/// Ends every one of these flights.
-pub(super) async fn run(cache: Arc<Inner>, flights: Vec<Under>, load: Load) {
+async fn lease_and_load(cache: Arc<Inner>, flights: Vec<Under>, load: Load) {
     let asks_redis = |under: &Under| cache.trusts_redis_with(&under.guard.key) && !under.past_redis;
     let (shared, local): (Vec<_>, Vec<_>) = flights.into_iter().partition(asks_redis);
     match &cache.shared {
@@ -119,7 +125,7 @@ async fn look(cache: &Arc<Inner>, l2: &L2, flights: Vec<Under>, want_stale: bool
     for (mut under, read) in flights.into_iter().zip(reads) {
         let keep = |under: &mut Under, copy: Option<Copy>| {
             let Some(Copy { entry, age, only_old, .. }) = copy else { return };
-            let stale = cache.memory.stale_copy(entry, age, !only_old, &under.guard.flight);
+            let stale = cache.memory.stale_copy(&entry, age, !only_old, &under.guard.flight);
             if only_old {
                 under.guard.flight.offer(stale.clone());
             }
@@ -205,7 +211,7 @@ async fn fill_all(cache: &Arc<Inner>, loaded: Vec<(Under, Entry)>, born: i64) {
     let took = duration(cache.memory.now() - born);
     let mut filled = vec![Filled::Unknown; loaded.len()];
     if let Some(remote) = &cache.shared {
-        let storable = |under: &Under, entry: &Entry| under.token.is_some() && cache.memory.accepts(entry);
+        let storable = |under: &Under, entry: &Entry| under.token.is_some() && cache.memory.accepts(entry.packed());
         let (indices, fills): (Vec<_>, Vec<_>) = loaded
             .iter()
             .enumerate()
@@ -230,7 +236,7 @@ async fn fill_all(cache: &Arc<Inner>, loaded: Vec<(Under, Entry)>, born: i64) {
     }
     for ((under, entry), filled) in loaded.into_iter().zip(filled) {
         let fresh = duration_of(&entry, cache.config.l1_duration, cache);
-        let stored = cache.memory.stored(entry, born, fresh, took, &under.guard.flight);
+        let stored = cache.memory.stored(&entry, born, fresh, took, &under.guard.flight);
         under.guard.land(stored, How::hit(Level::Database), true, filled == Filled::Revoked);
     }
 }

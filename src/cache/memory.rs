@@ -9,7 +9,8 @@ mod interleavings;
 
 use std::{
     collections::HashMap,
-    hash::{BuildHasher, RandomState},
+    hash::BuildHasher,
+    ops::Deref,
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -25,8 +26,10 @@ use self::primitives::{
     Mutex, MutexGuard,
     atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
 };
-use quick_cache::{OptionsBuilder, Weighter, sync};
+use bytes::Bytes;
+use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter, sync};
 use tokio::{sync::Notify, time::Instant};
+use triomphe::ThinArc;
 
 use super::{Answer, Failure, How, Key, LARGEST_SHARE, Level, Stale, entry::Entry};
 use crate::config;
@@ -46,10 +49,12 @@ const NOT_NEEDED: i64 = i64::MAX;
 /// Nanoseconds since the process's cache was made; negative for what was loaded elsewhere before.
 pub(super) type Moment = i64;
 
-/// An entry in memory, and until when it is what.
+/// An entry in memory, and until when it is what: one allocation, which a hit reads from its start.
+#[derive(Clone, Debug)]
+pub(super) struct Stored(ThinArc<Life, u8>);
+
 #[derive(Debug)]
-pub(super) struct Stored {
-    pub(super) entry: Entry,
+pub(super) struct Life {
     /// When the load that made it began.
     pub(super) born: Moment,
     /// Until when it is fresh if nothing expires it.
@@ -64,6 +69,32 @@ pub(super) struct Stored {
     retry_at: AtomicI64,
     /// The reason for that is a slow database, not a failing one.
     slow: AtomicBool,
+}
+
+impl Stored {
+    /// What is stored; its bytes stay where they are.
+    pub(super) fn entry(&self) -> Entry {
+        if self.is_found() { Entry::from_packed(Bytes::from_owner(self.clone())) } else { Entry::Absent }
+    }
+
+    fn is_found(&self) -> bool {
+        !self.as_ref().is_empty()
+    }
+}
+
+impl Deref for Stored {
+    type Target = Life;
+
+    fn deref(&self) -> &Life {
+        &self.0.header.header
+    }
+}
+
+impl AsRef<[u8]> for Stored {
+    /// As [`Entry::packed`] gives them.
+    fn as_ref(&self) -> &[u8] {
+        &self.0.slice
+    }
 }
 
 /// Where expiries are heard from.
@@ -109,7 +140,7 @@ pub(super) struct Flight {
     pub(super) max_age: Option<Duration>,
     pub(super) purpose: Purpose,
     /// A copy from Redis that merely grew old, for readers whose patience ends.
-    old: OnceLock<Arc<Stored>>,
+    old: OnceLock<Stored>,
     epoch: u64,
     overtaken: AtomicBool,
     landed: OnceLock<Landed>,
@@ -118,7 +149,7 @@ pub(super) struct Flight {
 
 impl Flight {
     /// Offers a copy that merely grew old to readers whose patience ends.
-    pub(super) fn offer(&self, old: Arc<Stored>) {
+    pub(super) fn offer(&self, old: Stored) {
         let _ = self.old.set(old);
     }
 
@@ -139,10 +170,12 @@ impl Flight {
     }
 }
 
+type Flights = HashMap<Key, Arc<Flight>, DefaultHashBuilder>;
+
 pub(super) struct Memory {
-    entries: sync::Cache<Key, Arc<Stored>, Bytes>,
-    flights: Vec<Mutex<HashMap<Key, Arc<Flight>>>>,
-    hasher: RandomState,
+    entries: sync::Cache<Key, Stored, Footprint>,
+    flights: Vec<Mutex<Flights>>,
+    hasher: DefaultHashBuilder,
     /// Raised to make everything stale at once.
     epoch: AtomicU64,
     heard: [AtomicI64; 2],
@@ -155,11 +188,11 @@ pub(super) struct Memory {
 }
 
 #[derive(Clone)]
-struct Bytes;
+struct Footprint;
 
-impl Weighter<Key, Arc<Stored>> for Bytes {
-    fn weight(&self, _: &Key, stored: &Arc<Stored>) -> u64 {
-        footprint(stored.entry.len() as u64)
+impl Weighter<Key, Stored> for Footprint {
+    fn weight(&self, _: &Key, stored: &Stored) -> u64 {
+        footprint(stored.as_ref().len() as u64)
     }
 }
 
@@ -176,9 +209,9 @@ impl Memory {
             .build()
             .unwrap_or_else(|error| unreachable!("both capacities are given: {error}"));
         let memory = Self {
-            entries: sync::Cache::with_options(options, Bytes, Default::default(), Default::default()),
+            entries: sync::Cache::with_options(options, Footprint, Default::default(), Default::default()),
             flights: (0..LOCKS).map(|_| Mutex::default()).collect(),
-            hasher: RandomState::new(),
+            hasher: DefaultHashBuilder::default(),
             epoch: AtomicU64::new(0),
             heard: [const { AtomicI64::new(NOT_NEEDED) }; 2],
             started: Instant::now(),
@@ -201,15 +234,14 @@ impl Memory {
     /// An entry that may be stored; `fresh` counts from now, `took` is how long its load took.
     pub(super) fn stored(
         &self,
-        entry: Entry,
+        entry: &Entry,
         born: Moment,
         fresh: Duration,
         took: Duration,
         flight: &Flight,
-    ) -> Arc<Stored> {
+    ) -> Stored {
         let filled = self.now();
-        Arc::new(Stored {
-            entry,
+        let life = Life {
             born,
             fresh_until: filled.saturating_add(span(fresh)),
             filled,
@@ -218,19 +250,20 @@ impl Memory {
             expired: AtomicBool::new(false),
             retry_at: AtomicI64::new(Moment::MIN),
             slow: AtomicBool::new(false),
-        })
+        };
+        Stored(ThinArc::from_header_and_slice(life, entry.packed()))
     }
 
     /// A copy that is no longer fresh; `expired` unless it merely grew old.
-    pub(super) fn stale_copy(&self, entry: Entry, age: Duration, expired: bool, flight: &Flight) -> Arc<Stored> {
+    pub(super) fn stale_copy(&self, entry: &Entry, age: Duration, expired: bool, flight: &Flight) -> Stored {
         let copy = self.stored(entry, self.now() - span(age), Duration::ZERO, Duration::ZERO, flight);
         copy.expired.store(expired, Ordering::Relaxed);
         copy
     }
 
-    /// Whether a body may be kept at all.
-    pub(super) fn accepts(&self, entry: &Entry) -> bool {
-        entry.len() <= self.max_body_bytes
+    /// Whether an entry of these bytes may be kept at all.
+    pub(super) fn accepts(&self, packed: &[u8]) -> bool {
+        packed.len() <= self.max_body_bytes
     }
 
     /// The answer from memory alone: fresh, or stale while its database is being left alone after a failure.
@@ -289,7 +322,7 @@ impl Memory {
             return None; // it has landed or was overtaken: there is something better to wait for
         }
         let (now, epoch) = (self.now(), self.epoch.load(Ordering::Acquire));
-        let merely_old = |stored: &Arc<Stored>| {
+        let merely_old = |stored: &Stored| {
             !stored.expired.load(Ordering::Acquire) && stored.epoch == epoch && self.may_serve_stale(stored, now)
         };
         let here = self.entries.peek(key).filter(merely_old);
@@ -306,7 +339,7 @@ impl Memory {
         Some(Answer::new(stored, How::stale(Stale::DatabaseSlow), now))
     }
 
-    fn is_fresh(&self, stored: &Stored, now: Moment) -> bool {
+    fn is_fresh(&self, stored: &Life, now: Moment) -> bool {
         // C6: known to be right when it was filled, and as of the last time that expiries were heard.
         let [log, feed] = &self.heard;
         let heard = log.load(Ordering::Relaxed).min(feed.load(Ordering::Relaxed));
@@ -318,11 +351,11 @@ impl Memory {
 
     fn may_serve_stale(&self, stored: &Stored, now: Moment) -> bool {
         // "Absent" is not worth keeping: while nobody can tell, 404 would be a lie.
-        matches!(stored.entry, Entry::Found(_)) && now.saturating_sub(stored.born) < self.fail_safe_max
+        stored.is_found() && now.saturating_sub(stored.born) < self.fail_safe_max
     }
 
     /// The younger of the copy in memory and `other`, if one may be served stale.
-    pub(super) fn stale(&self, key: &Key, other: Option<Arc<Stored>>) -> Option<Arc<Stored>> {
+    pub(super) fn stale(&self, key: &Key, other: Option<Stored>) -> Option<Stored> {
         let now = self.now();
         let candidates = self.entries.peek(key).into_iter().chain(other);
         candidates.filter(|stored| self.may_serve_stale(stored, now)).max_by_key(|stored| stored.born)
@@ -368,7 +401,7 @@ impl Memory {
             flight.overtaken.store(true, Ordering::Release);
         }
         match self.entries.peek(key) {
-            Some(stored) if matches!(stored.entry, Entry::Found(_)) => {
+            Some(stored) if stored.is_found() => {
                 stored.retry_at.store(Moment::MIN, Ordering::Relaxed);
                 stored.expired.store(true, Ordering::Release);
             }
@@ -400,7 +433,7 @@ impl Memory {
         (self.entries.len(), self.entries.weight())
     }
 
-    fn flights(&self, key: &Key) -> MutexGuard<'_, HashMap<Key, Arc<Flight>>> {
+    fn flights(&self, key: &Key) -> MutexGuard<'_, Flights> {
         let lock = &self.flights[self.hasher.hash_one(key) as usize % LOCKS];
         // Nothing panics while holding it; if something did, the map would still be whole.
         lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
@@ -417,11 +450,11 @@ pub(super) struct Guard {
 impl Guard {
     /// Ends the flight with an entry, kept in memory if `keep` and if the key was not expired meanwhile. `overtaken`
     /// says that the caller knows of such an expiry.
-    pub(super) fn land(self, stored: Arc<Stored>, how: How, keep: bool, overtaken: bool) {
+    pub(super) fn land(self, stored: Stored, how: How, keep: bool, overtaken: bool) {
         let mut flights = self.memory.flights(&self.key);
         let left_in_time = self.leave(&mut flights);
         let overtaken = overtaken || !left_in_time;
-        let kept = keep && !overtaken && self.memory.accepts(&stored.entry);
+        let kept = keep && !overtaken && self.memory.accepts(stored.as_ref());
         if kept {
             self.memory.entries.insert(self.key, stored.clone());
         }
@@ -431,7 +464,7 @@ impl Guard {
     }
 
     /// Ends the flight with a failure: a stale copy, if there is one, is the answer until the throttle's time is over.
-    pub(super) fn fail(self, failure: Failure, stale: Option<Arc<Stored>>) {
+    pub(super) fn fail(self, failure: Failure, stale: Option<Stored>) {
         let now = self.memory.now();
         let mut flights = self.memory.flights(&self.key);
         let overtaken = !self.leave(&mut flights);
@@ -451,7 +484,7 @@ impl Guard {
     }
 
     /// Takes the flight out of the table; `false` if an expiry has overtaken it.
-    fn leave(&self, flights: &mut HashMap<Key, Arc<Flight>>) -> bool {
+    fn leave(&self, flights: &mut Flights) -> bool {
         if flights.get(&self.key).is_some_and(|current| Arc::ptr_eq(current, &self.flight)) {
             flights.remove(&self.key);
         }

@@ -2,7 +2,7 @@
 //! everywhere; a task listens to what other instances expire.
 //!
 //! Stores bytes and knows no entity. In reading order: [`entry`] (what is stored), `memory` (L1 and the per-key lock),
-//! `load` (the way of a miss), `l2` (Redis), `log` (the invalidation log), `expiry` (the queue towards both).
+//! `load` (the way of a flight), `l2` (Redis), `log` (the invalidation log), `expiry` (the queue towards both).
 //! Invariants C1–C8 and S1 of the design hold here; each file names its own.
 
 mod clock;
@@ -37,7 +37,7 @@ use self::{
 };
 pub use self::{entry::Entry, log::Position};
 use crate::{
-    background::{Sparsely, Task, keep_running},
+    background::{Foreground, Sparsely, Task, keep_running},
     config,
     redis::Redis,
 };
@@ -159,19 +159,19 @@ impl How {
 /// An entry, and how it was come by.
 #[derive(Clone, Debug)]
 pub struct Answer {
-    stored: Arc<Stored>,
+    stored: Stored,
     how: How,
     at: memory::Moment,
 }
 
 impl Answer {
-    fn new(stored: Arc<Stored>, how: How, at: memory::Moment) -> Self {
+    fn new(stored: Stored, how: How, at: memory::Moment) -> Self {
         Self { stored, how, at }
     }
 
-    /// The entry.
-    pub fn entry(&self) -> &Entry {
-        &self.stored.entry
+    /// The entry; its bytes stay where they are.
+    pub fn entry(&self) -> Entry {
+        self.stored.entry()
     }
 
     /// How it was come by.
@@ -220,8 +220,6 @@ struct Inner {
     position: Mutex<Option<Position>>,
     heard_once: watch::Sender<bool>,
     failures: Sparsely,
-    #[cfg_attr(feature = "shuttle", allow(dead_code))] // see `fly`
-    background: Handle,
 }
 
 /// Everything that is in Redis.
@@ -239,6 +237,7 @@ impl Cache {
         feed: Feed,
         kinds: &'static [&'static str],
         background: &Handle,
+        foreground: &Foreground,
     ) -> Self {
         let mut sources = Vec::new();
         if redis.is_some() {
@@ -265,13 +264,17 @@ impl Cache {
             position: Mutex::new(None),
             heard_once: watch::Sender::new(false),
             failures: Sparsely::default(),
-            background: background.clone(),
         });
         let mut tasks = Vec::new();
         if inner.shared.is_some() {
             let (listening, delivering) = (inner.clone(), inner.clone());
             tasks.push(keep_running(background, "invalidation log", move || listen(listening.clone())));
-            tasks.push(keep_running(background, "expiries", move || expiry::deliver(delivering.clone())));
+            let foreground = foreground.clone();
+            let deliver = move || {
+                let (foreground, delivering) = (foreground.clone(), delivering.clone());
+                async move { foreground.run(|| expiry::deliver(delivering.clone())).await }
+            };
+            tasks.push(keep_running(background, "expiries", deliver));
         }
         Self { inner, _tasks: tasks }
     }
@@ -301,7 +304,7 @@ impl Cache {
         let arrived = self.inner.memory.now();
         let mut leads = Vec::new();
         let joined: Vec<_> = keys.iter().map(|key| Wait::join(&self.inner.memory, *key, max_age, &mut leads)).collect();
-        self.inner.fly(load::look_for_fresh(&self.inner, leads).await, load);
+        self.inner.fly(leads, load);
         join_all(keys.iter().zip(joined).map(|(key, wait)| self.settle(*key, wait, arrived, max_age, load))).await
     }
 
@@ -490,12 +493,11 @@ impl Wait {
 
 impl Inner {
     /// Starts the flights, apart from whoever asked for them.
-    fn fly(self: &Arc<Self>, leads: Vec<impl Into<load::Under>>, load: &Load) {
+    fn fly(self: &Arc<Self>, leads: Vec<Guard>, load: &Load) {
         if !leads.is_empty() {
-            let flights = leads.into_iter().map(Into::into).collect();
-            let flights = load::run(self.clone(), flights, load.clone());
+            let flights = load::run(self.clone(), leads, load.clone());
             #[cfg(not(feature = "shuttle"))]
-            self.background.spawn(flights);
+            tokio::spawn(flights);
             #[cfg(feature = "shuttle")] // see memory's tests of interleavings
             drop(shuttle::future::spawn(flights));
         }

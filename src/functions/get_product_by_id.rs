@@ -86,7 +86,8 @@ async fn load(app: &App, keys: &[Key], max_age: Option<Duration>) -> Vec<Result<
 fn one(app: &App, head: &RequestHead, id: ProductId, answer: &Answer, forward: &str) -> Result<HttpResponse, Error> {
     let (ttl_s, age_s) = (answer.ttl_s(), answer.age().as_secs());
     let status = cache_status(app, answer, ttl_s, forward, "");
-    let mut response = match answer.entry() {
+    let entry = answer.entry();
+    let mut response = match &entry {
         Entry::Absent => {
             let mut response =
                 Error::NotFound(format!("there is no product {}", id.number())).response(super::invocation(head));
@@ -99,7 +100,7 @@ fn one(app: &App, head: &RequestHead, id: ProductId, answer: &Answer, forward: &
         Entry::Found(body) => ok(body.share(body.bytes()), body.share(body.etag())),
     };
     let headers = response.headers_mut();
-    if let Entry::Found(body) = answer.entry()
+    if let Entry::Found(body) = &entry
         && let Some(date) = body.last_modified()
     {
         headers.insert(header::LAST_MODIFIED, shared_value(body.share(date)));
@@ -108,16 +109,17 @@ fn one(app: &App, head: &RequestHead, id: ProductId, answer: &Answer, forward: &
 }
 
 fn many(app: &App, head: &RequestHead, answers: &[Answer], forward: &str) -> Result<HttpResponse, Error> {
-    let mut body = BytesMut::with_capacity(answers.iter().map(|answer| element(answer).len() + 1).sum::<usize>() + 1);
+    let entries: Vec<_> = answers.iter().map(Answer::entry).collect();
+    let mut body = BytesMut::with_capacity(entries.iter().map(|entry| element(entry).len() + 1).sum::<usize>() + 1);
     let mut separator: &[u8] = b"[";
-    for answer in answers {
+    for entry in &entries {
         body.extend_from_slice(separator);
-        body.extend_from_slice(element(answer));
+        body.extend_from_slice(element(entry));
         separator = b",";
     }
     body.extend_from_slice(b"]");
     // As strong as the elements' own, which say all about their bytes, and a hundredth of the work.
-    let etag = etag(answers.iter().map(|answer| match answer.entry() {
+    let etag = etag(entries.iter().map(|entry| match entry {
         Entry::Found(body) => body.etag(),
         Entry::Absent => b"null",
     }));
@@ -284,8 +286,8 @@ impl Asked {
 }
 
 /// What stands for an entry in an array.
-fn element(answer: &Answer) -> &[u8] {
-    match answer.entry() {
+fn element(entry: &Entry) -> &[u8] {
+    match entry {
         Entry::Found(body) => body.bytes(),
         Entry::Absent => b"null",
     }

@@ -35,7 +35,7 @@ use tokio::runtime::Handle;
 
 pub use self::error::Error;
 use crate::{
-    background::{self, Task, keep_running},
+    background::{self, Foreground, Task, keep_running},
     cache::{Answer, Cache, Entry, Failure, Feed, Key, Level, Load, entry::Body},
     config::Config,
     database::Database,
@@ -52,6 +52,7 @@ pub struct App {
     load: Load,
     counts: Arc<Counts>,
     background: Handle,
+    foreground: Foreground,
     started: Instant,
 }
 
@@ -59,15 +60,24 @@ impl App {
     /// Builds everything; connects to nothing before it is used. Background work runs on `background`.
     pub fn start(config: Config, background: &Handle) -> Result<Arc<Self>, String> {
         let (database, counts) = (Arc::new(Database::new(&config.database)), Arc::new(Counts::default()));
-        let redis = config.redis.as_ref().map(|redis| Redis::start(redis, background)).transpose()?;
+        let foreground = Foreground::default();
+        let redis = config.redis.as_ref().map(|redis| Redis::start(redis, background, &foreground)).transpose()?;
         let feed = if database.feed_interval().is_some() { Feed::Database } else { Feed::None };
-        let cache = Cache::start(&config.cache, redis.zip(config.redis.as_ref()), feed, &[product::KIND], background);
+        let cache = Cache::start(
+            &config.cache,
+            redis.zip(config.redis.as_ref()),
+            feed,
+            &[product::KIND],
+            background,
+            &foreground,
+        );
         let cache_control = HeaderValue::from_str(&config.http.cache_control);
         Ok(Arc::new(Self {
             cache_control: cache_control.unwrap_or_else(|_| HeaderValue::from_static("no-cache")),
             load: load_products(database.clone(), counts.clone()),
             counts,
             background: background.clone(),
+            foreground,
             started: Instant::now(),
             config,
             database,
@@ -163,6 +173,7 @@ pub(crate) const ROUTES: &[Route] = &[
 pub fn service<C>(
     app: Arc<App>,
 ) -> impl ServiceFactory<Request, Config = C, Response = HttpResponse, Error = actix_web::Error, InitError = ()> {
+    app.foreground.is_here();
     fn_service(move |mut request: Request| match answer_at_once(&app, request.head(), request.peer_addr()) {
         Ok(response) => Either::Left(ready(Ok(response))),
         Err(route) => {

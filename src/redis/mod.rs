@@ -35,7 +35,7 @@ use self::{
     nodes::{Found, Nodes},
 };
 use crate::{
-    background::{Task, keep_running},
+    background::{Foreground, Task, keep_running},
     config::{self, Secret},
 };
 
@@ -104,7 +104,8 @@ impl Lua {
 
 impl Redis {
     /// Builds the pool and starts to connect on `background`; returns at once, whether or not a server is there.
-    pub fn start(config: &config::Redis, background: &Handle) -> Result<Self, String> {
+    /// Shared connections are served by `foreground`, where the requests are that use them.
+    pub fn start(config: &config::Redis, background: &Handle, foreground: &Foreground) -> Result<Self, String> {
         let pool = Pool::builder(Nodes::new(config)?)
             .max_size(config.connections() as usize)
             .timeouts(Timeouts {
@@ -117,18 +118,22 @@ impl Redis {
             .map_err(|error| error.to_string())?;
 
         let mut keepers = Vec::new();
-        let mut open_line = |detour: &Arc<Detour>| {
+        let mut open_line = |detour: &Arc<Detour>, served_by: &Foreground| {
             let line = Arc::new(Line::default());
-            let (kept, pool, detour) = (line.clone(), pool.clone(), detour.clone());
+            let (kept, pool, detour, served_by) = (line.clone(), pool.clone(), detour.clone(), served_by.clone());
             keepers.push(keep_running(background, "redis connection", move || {
-                keep(kept.clone(), pool.clone(), detour.clone())
+                keep(kept.clone(), pool.clone(), detour.clone(), served_by.clone())
             }));
             line
         };
         // The log's own, since it may hold a blocking read.
         let [detour, log_detour] = [(); 2].map(|()| Detour::new(config.response_timeout));
-        let shared: Vec<_> = (0..config.pool_size).map(|_| open_line(&detour)).collect();
-        let log = if config.frugal_poll.is_some() { shared[0].clone() } else { open_line(&log_detour) };
+        let shared: Vec<_> = (0..config.pool_size).map(|_| open_line(&detour, foreground)).collect();
+        let log = if config.frugal_poll.is_some() {
+            shared[0].clone()
+        } else {
+            open_line(&log_detour, &Foreground::of(background))
+        };
         if config.server.sentinel_service.is_some() {
             let pool = pool.clone();
             keepers.push(keep_running(background, "redis sentinels", move || ask_sentinels(pool.clone())));
@@ -293,7 +298,15 @@ impl Live {
         if let Some(patience) = patience {
             connection.set_response_timeout(patience);
         }
-        match commands.query_async::<Vec<RedisResult<Value>>>(&mut connection).await {
+        let answered = match (commands.len(), commands.cmd_iter().next()) {
+            // A pipeline of one takes twice the work.
+            (1, Some(command)) => match command.query_async::<Value>(&mut connection).await {
+                Err(error) if !is_answer(&error) => Err(error),
+                answer => Ok(vec![answer]),
+            },
+            _ => commands.query_async::<Vec<RedisResult<Value>>>(&mut connection).await,
+        };
+        match answered {
             Ok(mut replies) => {
                 if self.timeouts.load(Ordering::Relaxed) != 0 {
                     self.timeouts.store(0, Ordering::Relaxed);
@@ -310,8 +323,8 @@ impl Live {
             Err(error) => {
                 let dead = match error.is_timeout() {
                     true => self.timeouts.fetch_add(1, Ordering::Relaxed) + 1 >= TIMEOUTS_UNTIL_DEAD,
-                    // Not an answer of the server's, so the stream is cut or out of step.
-                    false => !matches!(error.kind(), ErrorKind::Server(_) | ErrorKind::Extension),
+                    // Otherwise the stream is cut or out of step.
+                    false => !is_answer(&error),
                 };
                 if dead || is_wrong_server(&error) {
                     self.give_up();
@@ -385,6 +398,11 @@ impl Live {
     }
 }
 
+/// Whether an error is the server's own answer.
+fn is_answer(error: &RedisError) -> bool {
+    matches!(error.kind(), ErrorKind::Server(_) | ErrorKind::Extension)
+}
+
 /// Whether an answer shows a server that cannot serve us now: demoted to a replica, loading its data, no longer the
 /// owner of our slot, in a cluster that has lost too much, or one that has forgotten who we are.
 fn is_wrong_server(error: &RedisError) -> bool {
@@ -408,7 +426,7 @@ async fn ask_sentinels(pool: Pool<Nodes>) {
 }
 
 /// Keeps one line connected for ever: check out, publish, wait until broken, discard, pause, again.
-async fn keep(line: Arc<Line>, pool: Pool<Nodes>, detour: Arc<Detour>) {
+async fn keep(line: Arc<Line>, pool: Pool<Nodes>, detour: Arc<Detour>, served_by: Foreground) {
     let (shortest, longest) = RECONNECT_PAUSE;
     let mut pause = shortest;
     loop {
@@ -417,7 +435,11 @@ async fn keep(line: Arc<Line>, pool: Pool<Nodes>, detour: Arc<Detour>) {
             // is none, connecting says why.
             let _ = tokens.token().await;
         }
-        match pool.get().await {
+        let connecting = || {
+            let pool = pool.clone();
+            async move { pool.get().await }
+        };
+        match served_by.run(connecting).await {
             Ok(found) => {
                 tracing::debug!(node = found.id, "redis: connected");
                 let (live, since) = (Live::new(&found, pool.clone(), detour.clone()), Instant::now());

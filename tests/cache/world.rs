@@ -10,6 +10,7 @@ use std::{
 };
 
 use product_cache::{
+    background::Foreground,
     cache::{Answer, Cache, Entry, Failure, Feed, Key, Load, entry::Body},
     config::Config,
     redis::Redis,
@@ -123,8 +124,9 @@ impl Node {
         variables.extend(redis_url.map(|url| ("Redis".to_owned(), url.to_owned())));
         variables.extend(settings.iter().map(|(name, value)| (name.to_string(), value.to_string())));
         let config = Config::from_variables(&variables).expect("valid settings");
-        let redis = config.redis.as_ref().map(|redis| (Redis::start(redis, &Handle::current()).unwrap(), redis));
-        let cache = Cache::start(&config.cache, redis, Feed::None, &[KIND], &Handle::current());
+        let (runtime, foreground) = (Handle::current(), Foreground::of(&Handle::current()));
+        let redis = config.redis.as_ref().map(|redis| (Redis::start(redis, &runtime, &foreground).unwrap(), redis));
+        let cache = Cache::start(&config.cache, redis, Feed::None, &[KIND], &runtime, &foreground);
         Self { cache: Arc::new(cache), load: truth.load() }
     }
 

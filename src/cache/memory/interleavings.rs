@@ -10,7 +10,6 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering::SeqCst},
 };
 
-use bytes::Bytes as Buffer;
 use shuttle::{
     future::{block_on, yield_now},
     scheduler::{PctScheduler, RandomScheduler, Scheduler},
@@ -171,7 +170,7 @@ fn explore(
     let order = move || {
         counted.fetch_add(1, SeqCst);
         let world = Arc::new(World {
-            cache: Cache::start(&config, None, Feed::None, &["product"], &background),
+            cache: Cache::start(&config, None, Feed::None, &["product"], &background, &Foreground::default()),
             rows: (0..rows).map(|_| AtomicU64::new(0)).collect(),
             told: (0..rows).map(|_| AtomicU64::new(0)).collect(),
             failures: AtomicUsize::new(0),
