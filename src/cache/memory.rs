@@ -36,11 +36,11 @@ use crate::config;
 
 /// Locks for the flights: far more than threads, so that two keys rarely meet.
 const LOCKS: usize = 64;
-/// What an entry takes of the process's memory: its bytes, some 320 of bookkeeping (`Stored`, the slot in quick_cache,
-/// small allocations), and half on top for what the allocator rounds up and cannot use again at once. Measured as
+/// What an entry takes of the process's memory: its bytes, some 190 of bookkeeping (`Stored`, the slot in quick_cache,
+/// the share of its index), and half on top for what the allocator rounds up and cannot use again at once. Measured as
 /// growth of the resident set with bodies of 0.4 to 4.5 kB in steady replacement; the test of that name repeats it.
 const fn footprint(bytes: u64) -> u64 {
-    (bytes + 320) * 3 / 2
+    (bytes + 190) * 3 / 2
 }
 
 /// No source of expiries to listen to.
