@@ -30,7 +30,7 @@ pub fn panics() -> u64 {
     PANICS.load(Ordering::Relaxed)
 }
 
-/// How many threads run them, and loads. HTTP's workers have threads of their own; on few cores more threads behind them do
+/// How many threads run them. What requests ask for runs on HTTP's workers; on few cores more threads behind those do
 /// little but wake each other.
 pub fn threads() -> usize {
     (std::thread::available_parallelism().map_or(1, usize::from) / 2).max(1)
@@ -48,44 +48,44 @@ impl Drop for Task {
 /// How long what belongs in the foreground waits for it to exist; a server starts its threads in milliseconds.
 const FOREGROUND_COMES: Duration = Duration::from_secs(1);
 
-/// The runtime of one thread that answers requests, once there is one. What runs there and the requests there reach each
-/// other without waking another thread, which costs more than most of what they do.
+/// The runtimes of the threads that answer requests, once there are any. What runs on the first one and the requests there
+/// reach each other without waking another thread, which costs more than most of what they do.
 #[derive(Clone, Default)]
-pub struct Foreground(watch::Sender<Option<Handle>>);
+pub struct Foreground(watch::Sender<Option<Vec<Handle>>>);
 
 impl Foreground {
     /// This runtime, where nothing answers requests.
     pub fn of(runtime: &Handle) -> Self {
-        Self(watch::Sender::new(Some(runtime.clone())))
+        Self(watch::Sender::new(Some(vec![runtime.clone()])))
     }
 
-    /// Called by each thread that answers requests; the first one is taken.
+    /// Called on each thread that answers requests, inside its runtime.
     pub fn is_here(&self) {
-        self.0.send_if_modified(|runtime| match runtime {
-            Some(_) => false,
-            None => runtime.replace(Handle::current()).is_none(),
-        });
+        self.0.send_modify(|runtimes| runtimes.get_or_insert_default().push(Handle::current()));
     }
 
-    /// Runs what `start` makes in the foreground; anew, and here, if there is none or it ends meanwhile.
+    /// Runs what `start` makes on the first of them; anew on the next one should it end meanwhile; here if none is left.
     pub async fn run<F>(&self, mut start: impl FnMut() -> F) -> F::Output
     where
         F: Future<Output: Send> + Send + 'static,
     {
         let _ = timeout(FOREGROUND_COMES, self.0.subscribe().wait_for(Option::is_some)).await;
-        let runtime = self.0.borrow().clone();
-        if let Some(runtime) = runtime {
+        loop {
+            let first = self.0.borrow().as_ref().and_then(|runtimes| runtimes.first().cloned());
+            let Some(runtime) = first else { return start().await };
             let task = runtime.spawn(start());
             let _stop = Task(task.abort_handle());
             match task.await {
                 Ok(output) => return output,
-                Err(error) => match error.try_into_panic() {
-                    Ok(panic) => std::panic::resume_unwind(panic),
-                    Err(_) => self.0.send_replace(None), // its runtime has ended
-                },
-            };
+                Err(error) => {
+                    if let Ok(panic) = error.try_into_panic() {
+                        std::panic::resume_unwind(panic);
+                    }
+                }
+            }
+            let left = |other: &Handle| other.id() != runtime.id();
+            self.0.send_modify(|runtimes| runtimes.iter_mut().for_each(|runtimes| runtimes.retain(left)));
         }
-        start().await
     }
 }
 
@@ -128,6 +128,8 @@ impl Sparsely {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
 
     #[tokio::test(start_paused = true)]
@@ -157,32 +159,38 @@ mod tests {
         (handle, end, thread)
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn what_belongs_in_the_foreground_runs_there_and_here_once_that_has_ended() {
-        let (runtime, end, thread) = elsewhere();
-        let foreground = Foreground::of(&runtime);
-        let where_am_i = || async { std::thread::current().id() };
-        assert_eq!(foreground.run(where_am_i).await, thread.thread().id());
-
-        let starts = std::sync::Arc::new(AtomicU64::new(0));
-        let (counted, mut end) = (starts.clone(), Some(end));
-        let ends_at_second_start = foreground.run(move || {
-            let is_first = counted.fetch_add(1, Ordering::SeqCst) == 0;
-            drop(end.take_if(|_| is_first)); // the other runtime's end
+    #[tokio::test]
+    async fn what_belongs_in_the_foreground_goes_on_in_the_next_thread_of_it_and_then_here() {
+        let foreground = Foreground::default();
+        let (mut ends, mut threads) = (Vec::new(), Vec::new());
+        for (runtime, end, thread) in [elsewhere(), elsewhere()] {
+            let told = foreground.clone();
+            runtime.spawn(async move { told.is_here() }).await.expect("no panic");
+            ends.push(end);
+            threads.push(thread);
+        }
+        ends.reverse();
+        let begun = Arc::new(Mutex::new(Vec::new()));
+        let noted = begun.clone();
+        let here = std::thread::current().id();
+        let ends_here = foreground.run(move || {
+            drop(ends.pop()); // the end of the thread it is meant for
+            let noted = noted.clone();
             async move {
-                if is_first {
+                noted.lock().expect("no panic").push(std::thread::current().id());
+                if std::thread::current().id() != here {
                     std::future::pending::<()>().await;
                 }
             }
         });
-        ends_at_second_start.await;
-        assert_eq!(starts.load(Ordering::SeqCst), 2);
-        thread.join().expect("no panic");
-        assert_eq!(foreground.run(where_am_i).await, std::thread::current().id(), "there is none any more");
+        ends_here.await;
+        assert_eq!(begun.lock().expect("no panic").last(), Some(&here));
+        threads.into_iter().for_each(|thread| thread.join().expect("no panic"));
 
-        let (another, _end, thread) = elsewhere();
+        let (runtime, _end, thread) = elsewhere();
         let told = foreground.clone();
-        another.spawn(async move { told.is_here() }).await.expect("no panic");
-        assert_eq!(foreground.run(where_am_i).await, thread.thread().id(), "until there is another");
+        runtime.spawn(async move { told.is_here() }).await.expect("no panic");
+        let found = foreground.run(|| async { std::thread::current().id() }).await;
+        assert_eq!(found, thread.thread().id(), "a thread that replaces one that ended");
     }
 }

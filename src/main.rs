@@ -83,7 +83,7 @@ fn serve() -> ExitCode {
         }
     };
     let code = runtime.block_on(run(config));
-    // Loads still under way must not hold the process; their readers are gone.
+    // Whatever is still under way there must not hold the process; its readers are gone.
     runtime.shutdown_background();
     code
 }

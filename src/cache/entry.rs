@@ -32,7 +32,7 @@ impl Body {
     /// The bytes with their ETag, and their `Last-Modified` as an HTTP date, if known.
     pub fn new(bytes: &[u8], last_modified: Option<&str>) -> Self {
         let date = last_modified.unwrap_or_default();
-        let mut packed = Vec::with_capacity(1 + date.len() + ETAG + bytes.len()); // exactly, so that nothing is spare
+        let mut packed = Vec::with_capacity(1 + date.len() + ETAG + bytes.len());
         packed.push(date.len() as u8); // an HTTP date has 29 characters
         packed.extend_from_slice(date.as_bytes());
         packed.extend_from_slice(&etag([bytes]));

@@ -230,7 +230,8 @@ struct Remote {
 }
 
 impl Cache {
-    /// Builds the cache and starts its tasks on `background`. `kinds` are all kinds of keys there will be.
+    /// Builds the cache and starts its tasks: on `background` the one that listens, in `foreground` the one that delivers
+    /// expiries, next to the connection that it uses. `kinds` are all kinds of keys there will be.
     pub fn start(
         config: &config::Cache,
         redis: Option<(Redis, &config::Redis)>,
@@ -280,7 +281,7 @@ impl Cache {
     }
 
     /// The answer from this process's memory, if it has one that is younger than `max_age`. Never waits; one that will
-    /// end soon may be loaded anew behind the reader's back.
+    /// end soon may be loaded anew behind the reader's back, on the tokio runtime that this is called in.
     pub fn get(&self, key: &Key, max_age: Option<Duration>, load: &Load) -> Option<Answer> {
         let answer = self.inner.memory.get(key, max_age)?;
         if self.inner.memory.wants_refresh(&answer) {

@@ -57,7 +57,7 @@ pub struct App {
 }
 
 impl App {
-    /// Builds everything; connects to nothing before it is used. Background work runs on `background`.
+    /// Builds everything; connects to nothing before it is used. What no request asks for runs on `background`.
     pub fn start(config: Config, background: &Handle) -> Result<Arc<Self>, String> {
         let (database, counts) = (Arc::new(Database::new(&config.database)), Arc::new(Counts::default()));
         let foreground = Foreground::default();

@@ -61,7 +61,8 @@ impl Detour {
                     return Some(connection.clone());
                 }
                 State::Failed(there, until) if there == place && Instant::now() < *until => return None,
-                State::Connecting(there, over) if there == place => over.clone(),
+                // Unless who began it is gone: with its thread, or by a panic.
+                State::Connecting(there, over) if there == place && over.has_changed().is_ok() => over.clone(),
                 _ => {
                     let (done, over) = watch::channel(());
                     *state = State::Connecting(place.to_owned(), over.clone());
@@ -117,5 +118,26 @@ async fn connect(detour: Arc<Detour>, place: String, from: String, pool: Pool<No
             }
             _ => return,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::config::Config;
+
+    #[tokio::test]
+    async fn who_began_to_connect_and_is_gone_keeps_nobody_from_it() {
+        let place = "127.0.0.1:1"; // nobody listens there
+        let variables = BTreeMap::from([("Redis".to_owned(), place.to_owned())]);
+        let config = Config::from_variables(&variables).expect("valid").redis.expect("one");
+        let pool = Pool::builder(Nodes::new(&config).expect("valid")).build().expect("a pool");
+        let detour = Detour::new(Duration::from_secs(10));
+        let (_, over) = watch::channel(());
+        *detour.state() = State::Connecting(place.to_owned(), over);
+        assert!(detour.to(place, "127.0.0.1", &pool).await.is_none());
+        assert!(matches!(&*detour.state(), State::Failed(..)), "another attempt was made");
     }
 }

@@ -103,8 +103,8 @@ impl Lua {
 }
 
 impl Redis {
-    /// Builds the pool and starts to connect on `background`; returns at once, whether or not a server is there.
-    /// Shared connections are served by `foreground`, where the requests are that use them.
+    /// Builds the pool and starts its keepers on `background`; returns at once, whether or not a server is there. The
+    /// shared connections live in `foreground`, near the requests that use them; the log's lives on `background`.
     pub fn start(config: &config::Redis, background: &Handle, foreground: &Foreground) -> Result<Self, String> {
         let pool = Pool::builder(Nodes::new(config)?)
             .max_size(config.connections() as usize)
