@@ -1,5 +1,6 @@
-//! `redis_ceiling`: actix-web and one GET per request over one shared connection, with the handler's headers. Nothing that
-//! asks Redis once per request can be faster. `REDIS_URL`: where it is; bodies are under `bench:<id>`.
+//! `redis_ceiling`: actix-web and one GET per request over one shared connection, with the handler's headers. The
+//! connection is made before the server starts, as samples do, so a thread of its own serves it. `REDIS_URL`: where it
+//! is; bodies are under `bench:<id>`.
 
 use actix_web::{HttpRequest, HttpResponse, web};
 use bytes::Bytes;
