@@ -48,8 +48,8 @@ impl Drop for Task {
 /// How long what belongs in the foreground waits for it to exist; a server starts its threads in milliseconds.
 const FOREGROUND_COMES: Duration = Duration::from_secs(1);
 
-/// The runtimes of the threads that answer requests, once there are any. What runs on the first one and the requests there
-/// reach each other without waking another thread, which costs more than most of what they do.
+/// The runtimes of the threads that answer requests, once there are any. What runs on the first one and the requests
+/// there reach each other without waking another thread, which costs more than most of what they do.
 #[derive(Clone, Default)]
 pub struct Foreground(watch::Sender<Option<Vec<Handle>>>);
 

@@ -1,8 +1,9 @@
 //! Redis' clock as this instance knows it, so that whoever looks into Redis need not ask for the time, too.
 //!
 //! Redis says its time once a second, with the log. Invariant: while Redis' clock runs on, what is told here is never
-//! behind it, so that no entry seems younger or fresher than it is. Where that clock is set anew, ages and ends are off by
-//! as much until it is asked again and answers; which entry came before which expiry is not told by it (see [`Floor`](super::log::Floor)).
+//! behind it, so that no entry seems younger or fresher than it is. Where that clock is set anew, ages and ends are off
+//! by as much until it is asked again and answers; which entry came before which expiry is not told by it (see
+//! [`Floor`](super::log::Floor)).
 
 use std::sync::atomic::{AtomicI64, Ordering};
 

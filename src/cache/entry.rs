@@ -110,8 +110,8 @@ const CHECKED: RangeFrom<usize> = SUM.end..;
 const HEAD: usize = SUM.end + 1;
 const ETAG: usize = 34;
 
-/// Envelope: version; checksum (XXH3-64, big endian, seeded by the key, over all that follows); found or absent; if found,
-/// the body as it is in memory. It finds damage, not forgery: whoever may write to Redis may write anything.
+/// Envelope: version; checksum (XXH3-64, big endian, seeded by the key, over all that follows); found or absent; if
+/// found, the body as it is in memory. It finds damage, not forgery: whoever may write to Redis may write anything.
 pub(super) fn encode(key: &Key, entry: &Entry) -> Bytes {
     let packed = entry.packed();
     let tag = if packed.is_empty() { ABSENT } else { FOUND };

@@ -154,7 +154,8 @@ impl L2 {
         }
     }
 
-    /// Reads all keys in one round trip, by the same rules as [`READ_OR_LEASE`], and takes no lease. `now_ms`: see [`Clock`](super::clock::Clock); `want_leases`: others' are told apart.
+    /// Reads all keys in one round trip, by the same rules as [`READ_OR_LEASE`], and takes no lease. `now_ms`: see
+    /// [`Clock`](super::clock::Clock); `want_leases`: others' are told apart.
     pub(super) async fn read(
         &self,
         keys: &[Key],

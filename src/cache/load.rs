@@ -1,8 +1,9 @@
 //! The way of a flight: Redis, else the lease, else another instance's load, else the database; then the fill.
 //!
 //! All of it runs apart from the readers, so that a client that goes away ends no load, but on the thread of the one that
-//! began it (should that thread end, readers on others lead anew). Takes one key or a batch alike: one round trip to Redis and one query for all of them. Invariants: C2 and the
-//! Redis half of C3; S1, whatever Redis does costs time but never the answer.
+//! began it (should that thread end, readers on others lead anew). Takes one key or a batch alike: one round trip to Redis
+//! and one query for all of them. Invariants: C2 and the Redis half of C3; S1, whatever Redis does costs time but never the
+//! answer.
 
 use std::{collections::HashMap, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
