@@ -1,5 +1,10 @@
 //! Several instances as processes: what one is told, all of them show.
 
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
 use crate::support::{
     eventually, http,
     instance::{Instance, start},
@@ -119,4 +124,57 @@ async fn an_expiry_of_everything_shows_at_once_where_it_is_acknowledged() {
     proxy.set(Fault::None);
     instance.status().await;
     assert_eq!(name(&instance, 680).await, "new");
+}
+
+/// Threads of a process that answer requests.
+#[cfg(target_os = "linux")]
+fn workers(instance: &Instance) -> usize {
+    let threads = std::fs::read_dir(format!("/proc/{}/task", instance.pid())).unwrap();
+    let names = threads.filter_map(|thread| std::fs::read_to_string(thread.ok()?.path().join("comm")).ok());
+    names.filter(|name| name.starts_with("actix-server wo")).count()
+}
+
+#[cfg(target_os = "linux")]
+async fn answer(call: &mut TcpStream) -> String {
+    let mut bytes = [0; 64];
+    let length = call.read(&mut bytes).await.unwrap();
+    String::from_utf8_lossy(&bytes[..length]).into_owned()
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_batch_under_way_is_delivered_though_the_thread_of_redis_connections_ends_before_it() {
+    let redis = RedisServer::start().await;
+    let text = serde_json::Value::from(r#"[{"Operation":1,"Item":{"ProductID":680}}]"#).to_string();
+    let body = serde_json::json!({"Data": {"changes": text}, "Metadata": {}}).to_string();
+    // Connections go to the threads by turns, and one of the two threads is the one of Redis' connections.
+    for first in [0, 1] {
+        let start = start().env("Redis", redis.url()).env("FEED_INTERVAL_MS", 0).env("HTTP_WORKERS", 2);
+        let mut instance = start.env("HTTP_DRAIN_S", 30).up().await;
+        let mut calls = Vec::new();
+        for _ in 0..2 {
+            let mut call = TcpStream::connect(("127.0.0.1", instance.port)).await.unwrap();
+            let length = body.len();
+            let head = format!(
+                "POST /InvalidateCache HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\nExpect: 100-continue\r\n\r\n"
+            );
+            call.write_all(head.as_bytes()).await.unwrap();
+            assert!(answer(&mut call).await.starts_with("HTTP/1.1 100"));
+            calls.push(call);
+        }
+        assert_eq!(workers(&instance), 2);
+        instance.signal("TERM");
+        instance.stdout.wait_for("finishing requests").await;
+        let mut last = calls.remove(1 - first);
+        for call in &mut calls {
+            call.write_all(body.as_bytes()).await.unwrap();
+            assert!(answer(call).await.starts_with("HTTP/1.1 200"));
+        }
+        drop(calls);
+        eventually("one thread ends", async || (workers(&instance) == 1).then_some(())).await;
+        last.write_all(body.as_bytes()).await.unwrap();
+        assert!(answer(&mut last).await.starts_with("HTTP/1.1 200"));
+        drop(last);
+        assert_eq!(instance.exit_code().await, Some(0));
+    }
 }
