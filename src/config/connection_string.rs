@@ -187,11 +187,16 @@ pub(super) fn url_pairs(text: &str, form: &'static str) -> Result<Vec<(String, S
         ("database".to_owned(), decode(url.path().trim_start_matches('/'))?),
         ("user".to_owned(), decode(url.username())?),
     ];
+    let password = ("password".to_owned(), decode(url.password().unwrap_or(""))?);
+    // Without an @, what looks like host:port may be user:password, and a parameter a part of that password: keywords
+    // behind one are not shown.
+    let authority = behind_scheme.split(['/', '?']).next().unwrap_or_default();
+    let place = if authority.contains(':') && !authority.contains('@') { pairs.len() } else { usize::MAX };
     for parameter in url.query().unwrap_or("").split('&').filter(|parameter| !parameter.is_empty()) {
         let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
         pairs.push((decode(name)?, decode(value)?));
     }
-    pairs.push(("password".to_owned(), decode(url.password().unwrap_or(""))?));
+    pairs.insert(place.min(pairs.len()), password);
     Ok(pairs)
 }
 
@@ -468,6 +473,7 @@ mod tests {
             (npgsql, "Host=h:1;Port=2;Database=db;Username=me", &["Host and Port are contradictory"]),
             (npgsql, "Host=h,i;Database=db;Username=me", &["Host is not the name or address of one server"]),
             (npgsql, "Host=h;Database=db;Username=me;SSL Password=hunter2", &["SSL Password: client certificates"]),
+            (npgsql, "Host=h;Database=db;Username=me;Password=;SSL Mode=hunter2", &["SSL Mode is not one of"]),
             (
                 npgsql,
                 "Host=h;Database=db;Username=me;SSL Mode=VerifyCA;Trust Server Certificate=true",
@@ -484,6 +490,8 @@ mod tests {
             (sql, "postgres://me:1?hunter2=x@h/db", &["reserved characters"]),
             (sql, "postgres://me:1/hunter2@h/db", &["reserved characters"]),
             (sql, "postgres://me:hunter2#@h/db", &["reserved characters"]),
+            (sql, "postgres://me:?hunter2", &["keyword 6, not shown", "database is missing", "user is missing"]),
+            (sql, "postgres://me:12?hunter2=", &["keyword 6, not shown", "database is missing", "user is missing"]),
             (sql, "postgres://me:%ff@h/db", &["not UTF-8"]),
             (sql, "postgres://me@%2Frun/db", &["host is not the name"]),
             (sql, "postgres://me@h/db?sslmod=require", &["sslmod is not a known keyword; did you mean sslmode?"]),

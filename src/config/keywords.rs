@@ -325,6 +325,8 @@ pub(super) const REDIS_URL: Dialect = &[
 struct Said {
     keyword: String,
     value: String,
+    /// It stands behind a password, and may be a part of it.
+    behind_secret: bool,
 }
 
 /// What a connection string says, and what is wrong with it. Not to be shown: values are secrets.
@@ -357,7 +359,7 @@ impl Fields {
                 }
                 Some((_, Is(field))) => {
                     behind_secret |= *field == Password;
-                    fields.add(*field, keyword, value);
+                    fields.add(*field, Said { keyword, value, behind_secret });
                 }
             }
         }
@@ -365,13 +367,13 @@ impl Fields {
     }
 
     /// ADO.NET lets the last of several win; whoever wrote two surely did not mean that.
-    fn add(&mut self, field: Field, keyword: String, value: String) {
-        if value.is_empty() {
+    fn add(&mut self, field: Field, new: Said) {
+        if new.value.is_empty() {
             return;
         }
         match self.said.get(&field) {
-            Some(said) if said.value != value => self.contradictory(&said.keyword.clone(), &keyword),
-            _ => drop(self.said.insert(field, Said { keyword, value })),
+            Some(said) if said.value != new.value => self.contradictory(&said.keyword.clone(), &new.keyword),
+            _ => drop(self.said.insert(field, new)),
         }
     }
 
@@ -402,7 +404,7 @@ impl Fields {
     /// The value is not what it should be. Never for secrets.
     pub(super) fn wrong(&mut self, field: Field, expected: &str) {
         let Some(said) = self.said.get(&field) else { return };
-        self.mistakes.push(match is_harmless(&said.value) {
+        self.mistakes.push(match is_harmless(&said.value) && !said.behind_secret {
             true => format!("{} is {:?}, not {expected}", said.keyword, said.value),
             false => format!("{} is not {expected}", said.keyword),
         });
