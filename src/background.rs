@@ -49,7 +49,7 @@ impl Drop for Task {
 const FOREGROUND_COMES: Duration = Duration::from_secs(1);
 
 /// The runtimes of the threads that answer requests, once there are any. What runs on the first one and the requests
-/// there reach each other without waking another thread, which costs more than most of what they do.
+/// there reach each other without waking another thread.
 #[derive(Clone, Default)]
 pub struct Foreground(watch::Sender<Option<Vec<Handle>>>);
 
@@ -183,7 +183,7 @@ mod tests {
                 }
             }
         });
-        ends_here.await;
+        timeout(Duration::from_secs(10), ends_here).await.expect("an end that is noticed");
         assert_eq!(begun.lock().expect("no panic").last(), Some(&here));
         threads.into_iter().for_each(|thread| thread.join().expect("no panic"));
 

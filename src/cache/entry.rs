@@ -101,45 +101,33 @@ pub fn etag<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Bytes {
 
 /// First byte of an envelope. A later format takes another one, and each program treats the other's as a miss.
 const VERSION: u8 = 3;
-const FOUND: u8 = 1;
-const ABSENT: u8 = 0;
-const CHECKSUM: usize = 8;
-const SUM: Range<usize> = 1..1 + CHECKSUM;
-const CHECKED: RangeFrom<usize> = SUM.end..;
-/// Length of what is in front of the body.
-const HEAD: usize = SUM.end + 1;
+const CHECKSUM: Range<usize> = 1..9;
+const PACKED: RangeFrom<usize> = CHECKSUM.end..;
 const ETAG: usize = 34;
 
-/// Envelope: version; checksum (XXH3-64, big endian, seeded by the key, over all that follows); found or absent; if
-/// found, the body as it is in memory. It finds damage, not forgery: whoever may write to Redis may write anything.
+/// Envelope: version; checksum (XXH3-64, big endian, seeded by the key, over all that follows); the bytes as they are in
+/// memory, none for what is absent. It finds damage, not forgery: whoever may write to Redis may write anything.
 pub(super) fn encode(key: &Key, entry: &Entry) -> Bytes {
     let packed = entry.packed();
-    let tag = if packed.is_empty() { ABSENT } else { FOUND };
-    let mut envelope = BytesMut::with_capacity(HEAD + packed.len());
-    envelope.put_slice(&[VERSION]);
-    envelope.put_slice(&[0; CHECKSUM]);
-    envelope.put_slice(&[tag]);
+    let mut envelope = BytesMut::with_capacity(CHECKSUM.end + packed.len());
+    envelope.put_u8(VERSION);
+    envelope.put_u64(checksum(key, packed));
     envelope.put_slice(packed);
-    let checksum = checksum(key, &envelope[CHECKED]);
-    envelope[SUM].copy_from_slice(&checksum);
     envelope.freeze()
 }
 
 /// The entry in an envelope; `None` if it is of another version, of another key, or damaged.
 pub(super) fn decode(key: &Key, envelope: Bytes) -> Option<Entry> {
-    if *envelope.first()? != VERSION || *envelope.get(SUM)? != checksum(key, envelope.get(CHECKED)?) {
+    let packed = envelope.get(PACKED)?;
+    if envelope[0] != VERSION || envelope[CHECKSUM] != checksum(key, packed).to_be_bytes() {
         return None;
     }
-    match *envelope.get(HEAD - 1)? {
-        ABSENT => (envelope.len() == HEAD).then_some(Entry::Absent),
-        FOUND => Body::unpack(envelope.slice(HEAD..)).map(Entry::Found),
-        _ => None,
-    }
+    if packed.is_empty() { Some(Entry::Absent) } else { Body::unpack(envelope.slice(PACKED)).map(Entry::Found) }
 }
 
-fn checksum(key: &Key, bytes: &[u8]) -> [u8; CHECKSUM] {
+fn checksum(key: &Key, packed: &[u8]) -> u64 {
     let seed = xxh3_64_with_seed(key.kind.as_bytes(), key.id as u64);
-    xxh3_64_with_seed(bytes, seed).to_be_bytes()
+    xxh3_64_with_seed(packed, seed)
 }
 
 #[cfg(test)]

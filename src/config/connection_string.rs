@@ -191,12 +191,13 @@ pub(super) fn url_pairs(text: &str, form: &'static str) -> Result<Vec<(String, S
     // Without an @, what looks like host:port may be user:password, and a parameter a part of that password: keywords
     // behind one are not shown.
     let authority = behind_scheme.split(['/', '?']).next().unwrap_or_default();
-    let place = if authority.contains(':') && !authority.contains('@') { pairs.len() } else { usize::MAX };
+    let first = if authority.contains(':') && !authority.contains('@') { Some(&password) } else { None };
+    pairs.extend(first.cloned());
     for parameter in url.query().unwrap_or("").split('&').filter(|parameter| !parameter.is_empty()) {
         let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
         pairs.push((decode(name)?, decode(value)?));
     }
-    pairs.insert(place.min(pairs.len()), password);
+    pairs.push(password);
     Ok(pairs)
 }
 

@@ -299,7 +299,7 @@ impl Live {
             connection.set_response_timeout(patience);
         }
         let answered = match (commands.len(), commands.cmd_iter().next()) {
-            // A pipeline of one takes twice the work.
+            // A pipeline of one would be packed and unpacked as a list.
             (1, Some(command)) => match command.query_async::<Value>(&mut connection).await {
                 Err(error) if !is_answer(&error) => Err(error),
                 answer => Ok(vec![answer]),
