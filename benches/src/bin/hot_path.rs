@@ -41,7 +41,7 @@ async fn compare(bound: f64) -> Result<bool> {
         (0..HITS).map(|n| Request::product(FIRST + n % PRODUCTS, &bodies, "L1; hit")).collect();
     let ours = per_hit("handler", handler, &bodies, &products).await?;
     let body = bytes::Bytes::from(vec![b'x'; bodies.len()]);
-    let constant = (0..HITS).map(|n| Request::get(&load::target(FIRST + n % PRODUCTS), "", 200, body.clone(), ""));
+    let constant = (0..HITS).map(|n| Request::get(&load::target(FIRST + n % PRODUCTS), "", 200, &body, ""));
     let ceiling = vec![("BODY_BYTES", bodies.len().to_string())];
     let theirs = per_hit("ceiling", ceiling, &bodies, &constant.collect()).await?;
     let ratio = ours / theirs;

@@ -53,7 +53,7 @@ pub(super) async fn not_modified(bench: &mut Bench) -> Result<()> {
         .map(|n| {
             let etag = product_cache::cache::entry::etag([bodies.json(FIRST + n).as_bytes()]);
             let header = format!("If-None-Match: {}\r\n", String::from_utf8_lossy(&etag));
-            Request::get(&load::target(FIRST + n), &header, 304, "", "L1; hit")
+            Request::get(&load::target(FIRST + n), &header, 304, b"", "L1; hit")
         })
         .collect();
     let ours = Side { server: &server, connections: CONNECTIONS, requests: &conditional, order: Order::Zipf };
