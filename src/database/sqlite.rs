@@ -15,6 +15,7 @@ use chrono::{NaiveDate, NaiveDateTime};
 use rust_decimal::Decimal;
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, SqliteConnection, SqlitePool,
+    pool::PoolConnection,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous},
 };
 use tokio::sync::{Mutex, OnceCell};
@@ -160,7 +161,11 @@ async fn open(config: &config::Database, url: Option<&Secret>) -> Result<Opened,
     let Some(url) = url else {
         let file = file_options(config, SqliteConnectOptions::new().filename(DEFAULT_FILE));
         return match create(&file.clone().create_if_missing(true)).await {
-            Ok(_) => Ok(opened_file(config, file)),
+            Ok(creator) => {
+                let (opened, _) = open_file(config, file).await.map_err(unavailable)?;
+                drop(creator); // the last one to leave a file takes its log along, which the next one had to make anew
+                Ok(opened)
+            }
             Err(error) if is_unwritable(&error) && !Path::new(DEFAULT_FILE).exists() => {
                 open_memory(config).await.map_err(unavailable)
             }
@@ -169,14 +174,14 @@ async fn open(config: &config::Database, url: Option<&Secret>) -> Result<Opened,
     };
     // A database that somebody names is theirs: nothing is created or seeded in it.
     let file = file_options(config, SqliteConnectOptions::from_str(url.reveal()).map_err(unavailable)?);
-    let mut connection = file.connect().await.map_err(unavailable)?;
+    let (opened, mut connection) = open_file(config, file).await.map_err(unavailable)?;
     for table in ["product", "product_change"] {
         let exists = exists(&mut connection, table).await.map_err(unavailable)?;
         if !exists && (table == "product" || config.feed_interval.is_some()) {
             return Err(Error::Unavailable(format!("there is no table {table}: sql/sqlite.sql makes it")));
         }
     }
-    Ok(opened_file(config, file))
+    Ok(opened)
 }
 
 fn file_options(config: &config::Database, file: SqliteConnectOptions) -> SqliteConnectOptions {
@@ -187,10 +192,16 @@ fn file_options(config: &config::Database, file: SqliteConnectOptions) -> Sqlite
         .disable_statement_logging()
 }
 
-fn opened_file(config: &config::Database, file: SqliteConnectOptions) -> Opened {
+/// The file, and the first of its connections, which the pool keeps for the first query.
+async fn open_file(
+    config: &config::Database,
+    file: SqliteConnectOptions,
+) -> sqlx::Result<(Opened, PoolConnection<sqlx::Sqlite>)> {
     let name = file.get_filename().to_owned();
     let name = std::path::absolute(&name).unwrap_or(name);
-    Opened { pool: pool(config, file), what: format!("SQLite file {}", name.display()), _keeper: None }
+    let pool = pool(config, file);
+    let connection = pool.acquire().await?;
+    Ok((Opened { pool, what: format!("SQLite file {}", name.display()), _keeper: None }, connection))
 }
 
 async fn exists(connection: &mut SqliteConnection, table: &str) -> sqlx::Result<bool> {
