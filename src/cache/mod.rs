@@ -25,8 +25,6 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::join_all;
-
 use tokio::{runtime::Handle, sync::watch, time::sleep};
 
 use self::{
@@ -302,11 +300,32 @@ impl Cache {
         max_age: Option<Duration>,
         load: &Load,
     ) -> Vec<Result<Answer, Failure>> {
-        let arrived = self.inner.memory.now();
-        let mut leads = Vec::new();
-        let joined: Vec<_> = keys.iter().map(|key| Wait::join(&self.inner.memory, *key, max_age, &mut leads)).collect();
-        self.inner.fly(leads, load);
-        join_all(keys.iter().zip(joined).map(|(key, wait)| self.settle(*key, wait, arrived, max_age, load))).await
+        let memory = &self.inner.memory;
+        let arrived = memory.now();
+        let mut answers: Vec<_> = keys.iter().map(|_| None).collect();
+        let mut open: Vec<_> = (0..keys.len()).collect();
+        for _ in 0..ATTEMPTS {
+            let (mut leads, mut waits) = (Vec::new(), Vec::with_capacity(open.len()));
+            for index in open.drain(..) {
+                match Wait::join(memory, keys[index], max_age, &mut leads) {
+                    Wait::Ready(answer) => answers[index] = Some(Ok(answer)),
+                    Wait::For { flight, collapsed } => waits.push((index, flight, collapsed)),
+                }
+            }
+            self.inner.fly(leads, load);
+            // All are under way: one after the other takes no longer than the last. Those to be asked for again go together.
+            for (index, flight, collapsed) in waits {
+                let (answer, good) = self.settle(&keys[index], &flight, collapsed, arrived, max_age).await;
+                answers[index] = Some(answer);
+                if !good {
+                    open.push(index);
+                }
+            }
+            if open.is_empty() {
+                break;
+            }
+        }
+        answers.into_iter().flatten().collect()
     }
 
     /// The last known entry, fresh or not, if it is young enough to be served at all.
@@ -397,49 +416,38 @@ impl Cache {
         (max_age.is_none() && !soft_timeout.is_zero()).then(|| soft_timeout.saturating_sub(waited))
     }
 
-    /// Waits for this reader's flight, and for another where the first one's result is not good enough for it.
+    /// Waits for this reader's flight; gives what it ends with, and whether that is good enough for the reader.
     async fn settle(
         &self,
-        key: Key,
-        mut wait: Wait,
+        key: &Key,
+        flight: &Arc<memory::Flight>,
+        collapsed: bool,
         arrived: memory::Moment,
         max_age: Option<Duration>,
-        load: &Load,
-    ) -> Result<Answer, Failure> {
-        let mut last = Failure::Unavailable("the entry is expired faster than it can be loaded".to_owned());
-        for _ in 0..ATTEMPTS {
-            let (flight, collapsed) = match wait {
-                Wait::Ready(answer) => return Ok(answer),
-                Wait::For { flight, collapsed } => (flight, collapsed),
-            };
-            let landed = match self.patience(arrived, max_age) {
-                None => flight.landed().await,
-                Some(patience) => match tokio::time::timeout(patience, flight.landed()).await {
-                    Ok(landed) => landed,
-                    Err(_) => match self.inner.memory.old(&key, &flight) {
-                        Some(answer) => return Ok(answer),
-                        None => flight.landed().await,
-                    },
+    ) -> (Result<Answer, Failure>, bool) {
+        let landed = match self.patience(arrived, max_age) {
+            None => flight.landed().await,
+            Some(patience) => match tokio::time::timeout(patience, flight.landed()).await {
+                Ok(landed) => landed,
+                Err(_) => match self.inner.memory.old(key, flight) {
+                    Some(answer) => return (Ok(answer), true),
+                    None => flight.landed().await,
                 },
-            };
-            match landed.result {
-                Ok(answer) => {
-                    let born_since = answer.stored.born >= arrived;
-                    // C3: what began after this reader came is good for it, whatever happened meanwhile.
-                    let current = !landed.overtaken || flight.began >= arrived || born_since;
-                    let young = max_age.is_none_or(|max_age| born_since || answer.age() < max_age);
-                    if current && (young || answer.how.stale.is_some()) {
-                        return Ok(Answer { how: How { collapsed, ..answer.how }, ..answer });
-                    }
+            },
+        };
+        match landed.result {
+            Ok(answer) => {
+                let born_since = answer.stored.born >= arrived;
+                // C3: what began after this reader came is good for it, whatever happened meanwhile.
+                let current = !landed.overtaken || flight.began >= arrived || born_since;
+                let young = max_age.is_none_or(|max_age| born_since || answer.age() < max_age);
+                if current && (young || answer.how.stale.is_some()) {
+                    return (Ok(Answer { how: How { collapsed, ..answer.how }, ..answer }), true);
                 }
-                Err(failure) if !landed.overtaken => return Err(failure),
-                Err(failure) => last = failure,
+                (Err(Failure::Unavailable("the entry is expired faster than it can be loaded".to_owned())), false)
             }
-            let mut leads = Vec::new();
-            wait = Wait::join(&self.inner.memory, key, max_age, &mut leads);
-            self.inner.fly(leads, load);
+            Err(failure) => (Err(failure), !landed.overtaken),
         }
-        Err(last)
     }
 }
 

@@ -4,6 +4,7 @@ mod resilience;
 pub mod world;
 
 use std::{
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -11,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::poll;
 use product_cache::cache::{Failure, Level};
 use tokio::{
     task::JoinHandle,
@@ -117,6 +119,26 @@ async fn a_load_that_began_before_an_expiry_is_neither_kept_nor_shown_to_later_r
     let early = value(&ended(early).await.unwrap());
     assert!(matches!(early, Some(10 | 11)), "a reader that came before it may see either: {early:?}");
     assert_eq!(node.value(1).await, Some(11), "what is kept");
+}
+
+#[tokio::test]
+async fn what_is_expired_under_those_who_joined_a_batch_is_loaded_again_in_one_query() {
+    let truth = Truth::new(&[(1, 10), (2, 20), (3, 30)]);
+    let node = Node::new(&truth, None, &[]);
+    let keys = [key(1), key(2), key(3)];
+    truth.hold();
+    let mut first = pin!(node.cache.get_or_load(&keys, None, &node.load));
+    assert!(poll!(&mut first).is_pending());
+    truth.begun(1).await;
+    let mut joined = pin!(node.cache.get_or_load(&keys, None, &node.load));
+    assert!(poll!(&mut joined).is_pending());
+    truth.set(1, 11);
+    truth.set(2, 21);
+    node.cache.expire(&keys[..2], BUDGET).await.unwrap();
+    truth.release();
+    first.await.into_iter().for_each(|answer| drop(answer.unwrap()));
+    let answers: Vec<_> = joined.await.iter().map(|answer| value(answer.as_ref().unwrap())).collect();
+    assert_eq!((answers, truth.loads()), (vec![Some(11), Some(21), Some(30)], 2));
 }
 
 #[tokio::test]
