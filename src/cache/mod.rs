@@ -313,7 +313,8 @@ impl Cache {
                 }
             }
             self.inner.fly(leads, load);
-            // All are under way: one after the other takes no longer than the last. Those to be asked for again go together.
+            // All are under way, so one after the other takes no longer than the last; what is to be asked for again goes
+            // together.
             for (index, flight, collapsed) in waits {
                 let (answer, good) = self.settle(&keys[index], &flight, collapsed, arrived, max_age).await;
                 answers[index] = Some(answer);
