@@ -64,7 +64,7 @@ impl Bench {
     }
 
     /// How often servers are started anew for a comparison, and how many rounds each of their lives has. Where a process's
-    /// memory comes to lie changes what its requests cost by several per cent, for as long as it lives.
+    /// memory comes to lie may change what its requests cost, for as long as it lives.
     fn lives(&self) -> (usize, usize) {
         (3, self.rounds() / 3)
     }
