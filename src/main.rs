@@ -102,6 +102,7 @@ async fn run(config: Config) -> ExitCode {
     let server = HttpServer::new(move || functions::service(shared.clone()))
         .workers(http.workers)
         .keep_alive(KeepAlive::Timeout(KEEP_ALIVE))
+        .tcp_nodelay(true) // the end of an answer must not wait until its beginning is acknowledged
         .client_request_timeout(KEEP_ALIVE) // .NET's pool may open a connection long before it uses it
         .shutdown_timeout(http.drain.as_secs())
         .disable_signals()

@@ -64,6 +64,7 @@ pub fn serve<C: Fn(&mut ServiceConfig) + Clone + Send + 'static>(prepare: impl F
         let server = HttpServer::new(move || App::new().configure(configure.clone()))
             .workers(number("HTTP_WORKERS").max(1))
             .keep_alive(KeepAlive::Timeout(KEEP_ALIVE))
+            .tcp_nodelay(true)
             .client_request_timeout(KEEP_ALIVE)
             .disable_signals()
             .bind((Ipv4Addr::LOCALHOST, number("HTTP_PORT") as u16))?;
