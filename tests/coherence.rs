@@ -1,5 +1,6 @@
 //! Several instances as processes: what one is told, all of them show.
 
+#[cfg(target_os = "linux")]
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -126,14 +127,6 @@ async fn an_expiry_of_everything_shows_at_once_where_it_is_acknowledged() {
     assert_eq!(name(&instance, 680).await, "new");
 }
 
-/// Threads of a process that answer requests.
-#[cfg(target_os = "linux")]
-fn workers(instance: &Instance) -> usize {
-    let threads = std::fs::read_dir(format!("/proc/{}/task", instance.pid())).unwrap();
-    let names = threads.filter_map(|thread| std::fs::read_to_string(thread.ok()?.path().join("comm")).ok());
-    names.filter(|name| name.starts_with("actix-server wo")).count()
-}
-
 #[cfg(target_os = "linux")]
 async fn answer(call: &mut TcpStream) -> String {
     let mut bytes = [0; 64];
@@ -149,6 +142,7 @@ async fn a_batch_under_way_is_delivered_though_the_thread_of_redis_connections_e
     let body = serde_json::json!({"Data": {"changes": text}, "Metadata": {}}).to_string();
     // Connections go to the threads by turns, and one of the two threads is the one of Redis' connections.
     for first in [0, 1] {
+        let workers = |instance: &Instance| instance.threads("actix-server wo");
         let start = start().env("Redis", redis.url()).env("FEED_INTERVAL_MS", 0).env("HTTP_WORKERS", 2);
         let mut instance = start.env("HTTP_DRAIN_S", 30).up().await;
         let mut calls = Vec::new();

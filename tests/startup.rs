@@ -227,11 +227,7 @@ async fn a_database_that_somebody_names_is_neither_made_nor_seeded() {
 #[tokio::test]
 async fn the_connection_that_opens_a_sqlite_file_is_the_one_that_is_asked_first() {
     let instance = start().env("FEED_INTERVAL_MS", 0).up().await;
-    let connections = || {
-        let threads = std::fs::read_dir(format!("/proc/{}/task", instance.pid())).unwrap().flatten();
-        let names = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("comm")).ok());
-        names.filter(|name| name.starts_with("sqlx-sqlite")).count() // sqlx gives each a thread
-    };
+    let connections = || instance.threads("sqlx-sqlite"); // sqlx gives each a thread
     eventually("whoever only looked into it is gone", async || (connections() == 1).then_some(())).await;
     sleep(Duration::from_millis(200)).await;
     assert_eq!(connections(), 1);

@@ -34,7 +34,8 @@ pub struct Request {
     pub bytes: Vec<u8>,
     /// The status.
     pub status: u16,
-    /// The body. Kept itself, ten thousand of them would push the servers' memory out of the processor's caches.
+    /// The body, of which little is kept: ten thousand whole ones would compete with the servers for the processor's
+    /// caches.
     body: Digest,
     /// A part of `Cache-Status`.
     pub cache_status: &'static str,

@@ -305,6 +305,9 @@ impl Cache {
         let mut answers: Vec<_> = keys.iter().map(|_| None).collect();
         let mut open: Vec<_> = (0..keys.len()).collect();
         for _ in 0..ATTEMPTS {
+            if open.is_empty() {
+                break;
+            }
             let (mut leads, mut waits) = (Vec::new(), Vec::with_capacity(open.len()));
             for index in open.drain(..) {
                 match Wait::join(memory, keys[index], max_age, &mut leads) {
@@ -313,17 +316,14 @@ impl Cache {
                 }
             }
             self.inner.fly(leads, load);
-            // All are under way, so one after the other takes no longer than the last; what is to be asked for again goes
-            // together.
+            // All are under way, so that one after the other takes no longer than the last. Asking again waits for the
+            // last, too, and then is one batch.
             for (index, flight, collapsed) in waits {
                 let (answer, good) = self.settle(&keys[index], &flight, collapsed, arrived, max_age).await;
                 answers[index] = Some(answer);
                 if !good {
                     open.push(index);
                 }
-            }
-            if open.is_empty() {
-                break;
             }
         }
         answers.into_iter().flatten().collect()

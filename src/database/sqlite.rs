@@ -163,7 +163,7 @@ async fn open(config: &config::Database, url: Option<&Secret>) -> Result<Opened,
         return match create(&file.clone().create_if_missing(true)).await {
             Ok(creator) => {
                 let (opened, _) = open_file(config, file).await.map_err(unavailable)?;
-                drop(creator); // the last one to leave a file takes its log along, which the next one had to make anew
+                drop(creator); // not before: the last to leave a file takes its log along, for the next to make anew
                 Ok(opened)
             }
             Err(error) if is_unwritable(&error) && !Path::new(DEFAULT_FILE).exists() => {

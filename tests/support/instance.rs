@@ -109,6 +109,14 @@ impl Instance {
         self.child.id()
     }
 
+    /// Its threads whose name begins so, as Linux keeps names: cut to 15 letters.
+    #[cfg(target_os = "linux")]
+    pub fn threads(&self, name: &str) -> usize {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("a running process").flatten();
+        let names = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("comm")).ok());
+        names.filter(|found| found.starts_with(name)).count()
+    }
+
     pub fn signal(&self, name: &str) {
         signal(self.pid(), name);
     }
