@@ -26,8 +26,6 @@ use crate::{
 /// Appends a notice; `ARGV`: author, keys, largest length, largest age in milliseconds, the generation its author knows.
 const APPEND: &str = r"
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
-local clock = redis.call('TIME')
-local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local before, floor, generation = '0-0', 0, 0
 if last then
   before = last[1]
@@ -37,10 +35,17 @@ if last then
   end
 end
 generation = math.max(generation, tonumber(ARGV[5]))
-if ARGV[2] == '*' then floor, generation = now, generation + 1 end
-redis.call('XTRIM', KEYS[1], 'MINID', '~', now - tonumber(ARGV[4]))
+if ARGV[2] == '*' then
+  local clock = redis.call('TIME')
+  floor, generation = clock[1] * 1000 + math.floor(clock[2] / 1000), generation + 1
+end
 local id = redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[3], '*',
   'p', before, 'f', floor, 'g', generation, 'o', ARGV[1], 'k', ARGV[2])
+local function ms(id) return tonumber(string.match(id, '^%d+')) end
+-- By age once a minute: each command in a script costs those who wait.
+if math.floor(ms(id) / 60000) ~= math.floor(ms(before) / 60000) then
+  redis.call('XTRIM', KEYS[1], 'MINID', '~', ms(id) - tonumber(ARGV[4]))
+end
 return {id, floor, generation}
 ";
 

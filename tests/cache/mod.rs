@@ -14,6 +14,7 @@ use std::{
 
 use futures_util::poll;
 use product_cache::cache::{Failure, Level};
+use redis::Value;
 use tokio::{
     task::JoinHandle,
     time::{Instant, sleep, timeout},
@@ -333,6 +334,24 @@ async fn a_log_trimmed_past_an_instance_or_lost_makes_all_its_memory_stale() {
             .await;
         assert_eq!(b.value(1).await, Some(seen + 1), "{loss:?}");
         assert_ne!(b.read(2).await.how().level, Level::Memory, "{loss:?}: nothing in memory is trusted");
+    }
+}
+
+#[tokio::test]
+async fn notices_that_are_a_day_old_or_too_many_leave_the_log() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    // Redis drops whole nodes of a stream, a hundred notices each.
+    let add = "for i = 1, 1000 do
+      redis.call('XADD', KEYS[1], ARGV[1] == 'old' and i .. '-1' or '*', 'p', '0-0', 'f', 0, 'g', 0, 'k', 'product:2')
+    end";
+    for (age, settings, most) in [("old", &[][..], 100), ("new", &[("REDIS_LOG_MAX_LENGTH", "500")], 600)] {
+        redis.command(&["FLUSHALL"]).await;
+        redis.command(&["EVAL", add, "1", "{product-cache}:log", age]).await;
+        let node = Node::hearing(&truth, &redis.url(), settings).await;
+        node.cache.expire(&[key(1)], BUDGET).await.unwrap();
+        let Value::Int(left) = redis.command(&["XLEN", "{product-cache}:log"]).await else { panic!("no length") };
+        assert!((1..=most).contains(&left), "{age}: {left} of 1000");
     }
 }
 

@@ -93,7 +93,7 @@ struct Expiry {
     acknowledged: f64,
     no_longer_wrong: f64,
     right: f64,
-    /// What plain pub/sub takes to the last of as many subscribers, measured right after.
+    /// What plain pub/sub takes to the last of as many subscribers, in the same state: as long after a change.
     pub_sub: f64,
 }
 
@@ -144,11 +144,17 @@ async fn expiries(
     for n in 0..count {
         let id = FIRST + n % 900; // the others are read meanwhile
         let request = format!("GET {} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", load::target(id));
-        for reader in &mut readers {
-            reader.send(request.as_bytes()).await?;
-        }
         let name = format!("Changed {n} of {}", servers[0].port);
-        sqlite(&catalogue.file(), &format!("UPDATE product SET Name = '{name}' WHERE ProductID = {id}")).await?;
+        // The same before either: what comes right after something like it is faster by half.
+        let mut change = async || {
+            for reader in &mut readers {
+                reader.send(request.as_bytes()).await?;
+            }
+            sqlite(&catalogue.file(), &format!("UPDATE product SET Name = '{name}' WHERE ProductID = {id}")).await
+        };
+        change().await?;
+        let pub_sub = pub_sub.publish().await?;
+        change().await?;
         let batch = trigger(&[format!("{{\"ProductID\":{id}}}")]);
         let sent = Instant::now();
         deliver(&mut changed, &batch).await?;
@@ -175,7 +181,7 @@ async fn expiries(
             acknowledged: last(None),
             no_longer_wrong: last(moments.iter().map(|(wrong, _)| *wrong).max()),
             right: last(moments.iter().map(|(_, right)| *right).max()),
-            pub_sub: pub_sub.publish().await?,
+            pub_sub,
         });
     }
     Ok(found)

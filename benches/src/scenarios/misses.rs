@@ -5,10 +5,10 @@ use std::{sync::Arc, time::Instant};
 use sqlx::{Executor, PgConnection};
 use tokio::{sync::Barrier, task::JoinSet};
 
-use super::{Bench, Catalogue, each_once_in_turns, handler, settings, settings_of_full_memory};
+use super::{Bench, Catalogue, ceiling, constant, each_once_in_turns, handler, settings, settings_of_full_memory};
 use crate::{
     Result,
-    catalogue::{self, Bodies, FIRST, Rows, Size},
+    catalogue::{self, Bodies, Rows, Size},
     load::{self, Connection, Outcome, Request},
     process::{OneCore, Server},
     report::Bound,
@@ -73,32 +73,38 @@ pub(super) async fn stampede(bench: &mut Bench) -> Result<()> {
     owner.execute(sqlx::raw_sql(SLOW)).await.map_err(|error| error.to_string())?;
     let redis = RedisServer::start().await;
     let reference = Server::start("bare_query", settings(postgres.url(), None, 1))?;
-    let mut next = FIRST;
+    let (mut next, constant) = (0, constant(&bodies, 1));
     for instances in [1, 4] {
-        let mut servers = Vec::new();
+        let (mut servers, mut ceilings) = (Vec::new(), Vec::new());
         for _ in 0..instances {
             let workers = if instances == 1 { 2 } else { 1 };
             servers.push(handler(settings(postgres.url(), Some(redis.url()), workers)).await?);
+            ceilings.push(ceiling(&bodies, workers)?);
         }
-        let (mut times, mut queries) = (Vec::new(), Vec::new());
+        let (mut times, mut beyond, mut queries) = (Vec::new(), Vec::new(), Vec::new());
         for round in 0..=bench.rounds() {
             let mut connection = Connection::open(reference.port).await?;
-            let request = Request::product(next, &bodies, "");
+            let product = load::products(next..next + 1, &bodies, "");
             let begin = Instant::now();
-            connection.ask(&request).await?;
+            connection.ask(&product[0]).await?;
             let query = begin.elapsed().as_secs_f64();
             let before = count(&mut owner).await?;
-            let all = ask_all_at_once(&servers, WAITERS, request).await?;
+            let all = ask_all_at_once(&servers, WAITERS, &product).await?;
+            let queried = count(&mut owner).await? - before;
+            // What as many answers take that wait for nothing.
+            let at_once = ask_all_at_once(&ceilings, WAITERS, &constant).await?;
             next += 1;
             if round > 0 {
                 times.push((all, query));
-                queries.push(((count(&mut owner).await? - before) as f64, 1.0));
+                beyond.push((all - query, at_once));
+                queries.push((queried as f64, 1.0));
             }
         }
         let name = format!("stampede of 1,000 on {instances} instance{}", if instances == 1 { "" } else { "s" });
         let report = &mut bench.report;
         report.add(&format!("{name}: queries"), "queries", "1", Bound::AtMost(1.0), &queries);
         report.add(&format!("{name}: time until all are answered"), "s", "one query", Bound::AtMost(1.3), &times);
+        report.add(&format!("{name}: time beyond the query"), "s", "ceiling", Bound::None, &beyond);
     }
     Ok(())
 }
@@ -108,15 +114,16 @@ async fn count(owner: &mut PgConnection) -> Result<i64> {
     sqlx::query_scalar(sql).fetch_one(owner).await.map_err(|error| error.to_string())
 }
 
-async fn ask_all_at_once(servers: &[Server], waiters: usize, request: Request) -> Result<f64> {
-    let (request, barrier) = (Arc::new(request), Arc::new(Barrier::new(waiters + 1)));
+/// Seconds until as many have the answer to the first of these requests.
+async fn ask_all_at_once(servers: &[Server], waiters: usize, requests: &Arc<[Request]>) -> Result<f64> {
+    let barrier = Arc::new(Barrier::new(waiters + 1));
     let mut tasks = JoinSet::new();
     for n in 0..waiters {
         let mut connection = Connection::open(servers[n % servers.len()].port).await?;
-        let (request, barrier) = (request.clone(), barrier.clone());
+        let (requests, barrier) = (requests.clone(), barrier.clone());
         tasks.spawn(async move {
             barrier.wait().await;
-            connection.ask(&request).await.map(|()| connection)
+            connection.ask(&requests[0]).await.map(|()| connection)
         });
     }
     let begin = Instant::now();
