@@ -28,15 +28,18 @@ pub(super) fn trigger(rows: &[String]) -> Vec<u8> {
     let text = format!("[{}]", rows.join(","));
     let once = serde_json::Value::from(text).to_string();
     let twice = serde_json::Value::from(once).to_string();
-    let body = format!("{{\"Data\":{{\"changes\":{twice}}},\"Metadata\":{{}}}}");
-    let head = "POST /InvalidateCache HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json";
+    post("/InvalidateCache", &format!("{{\"Data\":{{\"changes\":{twice}}},\"Metadata\":{{}}}}"))
+}
+
+fn post(path: &str, body: &str) -> Vec<u8> {
+    let head = format!("POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json");
     format!("{head}\r\nContent-Length: {}\r\n\r\n{body}", body.len()).into_bytes()
 }
 
 async fn deliver(connection: &mut Connection, batch: &[u8]) -> Result<()> {
     match connection.send(batch).await? {
         (200, _) => Ok(()),
-        (status, body) => Err(format!("InvalidateCache: {status} {}", String::from_utf8_lossy(body))),
+        (status, body) => Err(format!("a change: {status} {}", String::from_utf8_lossy(body))),
     }
 }
 
@@ -69,32 +72,41 @@ pub(super) async fn expiry(bench: &mut Bench) -> Result<()> {
     let catalogue = Catalogue::new(1_000, Size::Large, Rows::Stored).await?;
     for instances in if bench.quick { vec![4] } else { vec![4, 16] } {
         let redis = RedisServer::start().await;
-        let mut servers = Vec::new();
+        let (mut servers, mut functions) = (Vec::new(), Vec::new());
         for _ in 0..instances {
             let mut settings = settings(catalogue.url(), Some(redis.url()), 1);
             settings.push(("FEED_INTERVAL_MS", "0".to_owned()));
             servers.push(handler(settings).await?);
+            functions.push(Server::start("pub_sub", vec![("REDIS_URL", redis.url())])?);
         }
         let name = format!("expiry to the last of {instances} instances");
         let mut pub_sub = PubSub::new(&redis, instances).await?;
-        let idle = expiries(bench, &catalogue, &servers, &mut pub_sub).await?;
+        let idle = expiries(bench, &catalogue, &servers, &functions, &mut pub_sub).await?;
         add(bench, &format!("{name}, idle"), &idle, 0.4e-3, 1.5e-3);
         let load = HalfLoad::start(&servers).await?;
-        let busy = expiries(bench, &catalogue, &servers, &mut pub_sub).await?;
+        let busy = expiries(bench, &catalogue, &servers, &functions, &mut pub_sub).await?;
         load.stop().await?;
         add(bench, &format!("{name}, 50 % load"), &busy, f64::INFINITY, 5e-3);
     }
     Ok(())
 }
 
-/// Seconds from sending an expiry: until its acknowledgement, the last wrong answer of any instance (the acknowledgement,
-/// if there is none), and the first right answer of the last instance, for which the row is loaded anew.
+/// What one change took, and what the references took for one like it: in the same state, right after a row was changed.
 struct Expiry {
-    acknowledged: f64,
-    no_longer_wrong: f64,
-    right: f64,
-    /// What plain pub/sub takes to the last of as many subscribers, in the same state: as long after a change.
+    ours: Told,
+    /// Plain pub/sub, to the last of as many subscribers, in seconds.
     pub_sub: f64,
+    /// A function that does no more than that.
+    function: Told,
+}
+
+/// Seconds from sending a change to one instance.
+struct Told {
+    acknowledged: f64,
+    /// The last wrong answer of any instance; the acknowledgement, if there is none.
+    no_longer_wrong: f64,
+    /// The first right answer of the last instance; ours load the row for it.
+    right: f64,
 }
 
 fn add(bench: &mut Bench, name: &str, expiries: &[Expiry], p50: f64, p99: f64) {
@@ -108,14 +120,17 @@ fn add(bench: &mut Bench, name: &str, expiries: &[Expiry], p50: f64, p99: f64) {
         let bound =
             if p50.is_finite() { Bound::AtMost((target / plain * 10.0_f64).round() / 10.0) } else { Bound::None };
         let scenario = format!("{name}, no longer wrong against pub/sub: {label}");
-        let both = (at(|expiry| expiry.no_longer_wrong, share), at(|expiry| expiry.pub_sub, share));
-        bench.report.add(&scenario, "s", "plain pub/sub", bound, &[both]);
+        let ours = at(|expiry| expiry.ours.no_longer_wrong, share);
+        bench.report.add(&scenario, "s", "plain pub/sub", bound, &[(ours, at(|expiry| expiry.pub_sub, share))]);
+        let scenario = format!("{name}, no longer wrong against a function with pub/sub: {label}");
+        let function = at(|expiry| expiry.function.no_longer_wrong, share);
+        bench.report.add(&scenario, "s", "pub_sub", Bound::None, &[(ours, function)]);
     }
     type Moment = (&'static str, fn(&Expiry) -> f64, bool);
     let moments: [Moment; 3] = [
-        ("acknowledged", |expiry| expiry.acknowledged, false),
-        ("no longer wrong", |expiry| expiry.no_longer_wrong, true),
-        ("right, the row loaded anew", |expiry| expiry.right, false),
+        ("acknowledged", |expiry| expiry.ours.acknowledged, false),
+        ("no longer wrong", |expiry| expiry.ours.no_longer_wrong, true),
+        ("right, the row loaded anew", |expiry| expiry.ours.right, false),
     ];
     for (moment, seconds, bounded) in moments {
         for (share, label, target) in [(0.5, "p50", p50), (0.99, "p99", p99)] {
@@ -132,41 +147,65 @@ async fn expiries(
     bench: &Bench,
     catalogue: &Catalogue,
     servers: &[Server],
+    functions: &[Server],
     pub_sub: &mut PubSub,
 ) -> Result<Vec<Expiry>> {
     let count = if bench.quick { 100 } else { 1_000 };
-    let mut changed = Connection::open(servers[0].port).await?;
-    let mut readers = Vec::new();
-    for server in servers {
-        readers.push(Connection::open(server.port).await?);
-    }
+    let (mut ours, mut theirs) = (Instances::new(servers).await?, Instances::new(functions).await?);
     let mut found = Vec::new();
     for n in 0..count {
         let id = FIRST + n % 900; // the others are read meanwhile
-        let request = format!("GET {} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", load::target(id));
+        let request = format!("GET {} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", load::target(id)).into_bytes();
         let name = format!("Changed {n} of {}", servers[0].port);
-        // The same before either: what comes right after something like it is faster by half.
-        let mut change = async || {
-            for reader in &mut readers {
-                reader.send(request.as_bytes()).await?;
-            }
+        // What comes right after something like it is faster by half, so the same comes before each.
+        let change = async |ours: &mut Instances| {
+            ours.ask(&request).await?;
             sqlite(&catalogue.file(), &format!("UPDATE product SET Name = '{name}' WHERE ProductID = {id}")).await
         };
-        change().await?;
+        change(&mut ours).await?;
         let pub_sub = pub_sub.publish().await?;
-        change().await?;
-        let batch = trigger(&[format!("{{\"ProductID\":{id}}}")]);
+        change(&mut ours).await?;
+        let function = theirs.tell(&post("/", &name), &request, &name).await?;
+        change(&mut ours).await?;
+        let ours = ours.tell(&trigger(&[format!("{{\"ProductID\":{id}}}")]), &request, &name).await?;
+        found.push(Expiry { ours, pub_sub, function });
+    }
+    Ok(found)
+}
+
+/// One to tell of changes, and all to ask.
+struct Instances {
+    told: Connection,
+    readers: Vec<Connection>,
+}
+
+impl Instances {
+    async fn new(servers: &[Server]) -> Result<Self> {
+        let told = Connection::open(servers[0].port).await?;
+        let readers = try_join_all(servers.iter().map(|server| Connection::open(server.port))).await?;
+        Ok(Self { told, readers })
+    }
+
+    async fn ask(&mut self, request: &[u8]) -> Result<()> {
+        for reader in &mut self.readers {
+            reader.send(request).await?;
+        }
+        Ok(())
+    }
+
+    /// Tells one of a change, and then asks all until each answers with this in the body.
+    async fn tell(&mut self, change: &[u8], request: &[u8], new: &str) -> Result<Told> {
         let sent = Instant::now();
-        deliver(&mut changed, &batch).await?;
+        deliver(&mut self.told, change).await?;
         let acknowledged = Instant::now();
-        let right = readers.iter_mut().map(|reader| async {
+        let right = self.readers.iter_mut().map(|reader| async {
             let mut wrong = acknowledged;
             loop {
-                let (status, body) = reader.send(request.as_bytes()).await?;
+                let (status, body) = reader.send(request).await?;
                 if status != 200 {
                     return Err(format!("{status} after an expiry"));
                 }
-                if body.windows(name.len()).any(|part| part == name.as_bytes()) {
+                if body.windows(new.len()).any(|part| part == new.as_bytes()) {
                     return Ok((wrong, Instant::now()));
                 }
                 wrong = Instant::now();
@@ -177,14 +216,12 @@ async fn expiries(
         });
         let moments = try_join_all(right).await?;
         let last = |moment: Option<Instant>| (moment.unwrap_or(acknowledged) - sent).as_secs_f64();
-        found.push(Expiry {
+        Ok(Told {
             acknowledged: last(None),
             no_longer_wrong: last(moments.iter().map(|(wrong, _)| *wrong).max()),
             right: last(moments.iter().map(|(_, right)| *right).max()),
-            pub_sub,
-        });
+        })
     }
-    Ok(found)
 }
 
 /// The least that Redis can tell others with: a channel, and subscribers that do nothing.
