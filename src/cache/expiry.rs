@@ -38,10 +38,31 @@ pub(super) struct Queue {
 
 #[derive(Default)]
 struct State {
-    /// Each key with the number of the latest addition that named it.
-    keys: HashMap<Key, u64>,
-    everything: Option<u64>,
+    keys: HashMap<Key, Named>,
+    everything: Option<Named>,
     last: u64,
+}
+
+/// The additions that named an item and are not delivered: the first one's caller waits for it as the latest one's does.
+#[derive(Clone, Copy)]
+struct Named {
+    first: u64,
+    latest: u64,
+}
+
+impl Named {
+    fn by(number: u64) -> Self {
+        Self { first: number, latest: number }
+    }
+
+    fn again(self, number: u64) -> Self {
+        Self { latest: number, ..self }
+    }
+
+    /// What is left of them when all up to this one are delivered.
+    fn after(self, delivered: u64) -> Option<Self> {
+        (self.latest > delivered).then(|| Self { first: self.first.max(delivered + 1), ..self })
+    }
 }
 
 impl State {
@@ -56,17 +77,21 @@ impl Queue {
         let mut state = self.state();
         state.last += 1;
         let number = state.last;
-        match scope {
+        match (scope, state.everything) {
             // "Everything" may be on its way already: what comes now needs another one.
-            Scope::Keys(_) if state.everything.is_some() => state.everything = Some(number),
-            Scope::Keys(keys) => state.keys.extend(keys.iter().map(|key| (*key, number))),
-            Scope::Everything => state.everything = Some(number),
+            (_, Some(named)) => state.everything = Some(named.again(number)),
+            (Scope::Keys(keys), None) => {
+                for key in keys {
+                    let named = state.keys.get(key).map_or(Named::by(number), |named| named.again(number));
+                    state.keys.insert(*key, named);
+                }
+            }
+            (Scope::Everything, None) => state.everything = Some(Named::by(number)),
         }
-        if state.keys.len() > MOST_QUEUED {
-            state.everything = Some(number);
-        }
-        if state.everything.is_some() {
-            state.keys.clear();
+        if state.keys.len() > MOST_QUEUED || state.everything.is_some() {
+            let first = state.keys.drain().map(|(_, named)| named.first).min().unwrap_or(number);
+            let named = state.everything.unwrap_or(Named::by(number));
+            state.everything = Some(Named { first: named.first.min(first), ..named });
         }
         drop(state);
         self.added.notify_one();
@@ -104,16 +129,16 @@ impl Queue {
     fn remove(&self, scope: &Scope, up_to: u64) {
         let mut state = self.state();
         match scope {
-            Scope::Everything => state.everything = state.everything.filter(|number| *number > up_to),
+            Scope::Everything => state.everything = state.everything.and_then(|named| named.after(up_to)),
             Scope::Keys(keys) => {
                 for key in keys {
-                    if state.keys.get(key).is_some_and(|number| *number <= up_to) {
-                        state.keys.remove(key);
+                    if let Some(left) = state.keys.remove(key).and_then(|named| named.after(up_to)) {
+                        state.keys.insert(*key, left);
                     }
                 }
             }
         }
-        let oldest = state.keys.values().copied().chain(state.everything).min();
+        let oldest = state.keys.values().copied().chain(state.everything).map(|named| named.first).min();
         let delivered = oldest.map_or(state.last, |oldest| oldest - 1);
         drop(state);
         self.delivered.send_if_modified(|last| delivered > std::mem::replace(last, delivered.max(*last)));
@@ -143,11 +168,12 @@ pub(super) async fn deliver(cache: Arc<Inner>) {
                 pause = shortest;
             }
             Err(error) => {
-                if let Scope::Keys(keys) = &scope
-                    && is_wrong_type(&error)
-                {
-                    // Somebody else's value under our name stops no expiry.
-                    remote.l2.remove_unusable(keys).await;
+                if is_wrong_type(&error) {
+                    // Somebody else's value under one of our names stops no expiry.
+                    if let Scope::Keys(keys) = &scope {
+                        remote.l2.remove_unusable(keys).await;
+                    }
+                    remote.log.remove_unusable().await;
                 }
                 tracing::warn!(%error, "redis: an expiry is not delivered yet, trying on");
                 let _ = timeout(longest, remote.redis.connected()).await;
@@ -159,7 +185,13 @@ pub(super) async fn deliver(cache: Arc<Inner>) {
 }
 
 fn is_wrong_type(error: &crate::redis::Error) -> bool {
-    matches!(error, crate::redis::Error::Failed(error) if error.code() == Some("WRONGTYPE"))
+    let crate::redis::Error::Failed(error) = error else { return false };
+    match error.code() {
+        Some("WRONGTYPE") => true,
+        // Before Redis 7 a script's own error is wrapped in another.
+        Some("ERR") => error.detail().is_some_and(|detail| detail.contains("WRONGTYPE")),
+        _ => false,
+    }
 }
 
 /// Tells Redis and the log; returns the floor.
@@ -198,6 +230,22 @@ mod tests {
         queue.remove(&scope, up_to);
         assert!(queue.has(&A) && !queue.has(&B));
         assert!(*queue.delivered.borrow() >= first && *queue.delivered.borrow() < second);
+    }
+
+    #[test]
+    fn a_caller_whose_key_was_added_again_waits_until_it_was_delivered() {
+        for again in [Scope::Keys(vec![A]), Scope::Everything] {
+            let queue = Queue::default();
+            queue.add(&Scope::Keys(vec![B]));
+            let (scope, up_to) = queue.next().expect("B waits");
+            let first = queue.add(&Scope::Keys(vec![A]));
+            let second = queue.add(&again);
+            queue.remove(&scope, up_to);
+            assert!(*queue.delivered.borrow() < first, "B alone was delivered");
+            let (scope, up_to) = queue.next().expect("A waits");
+            queue.remove(&scope, up_to);
+            assert!(*queue.delivered.borrow() >= second);
+        }
     }
 
     #[test]

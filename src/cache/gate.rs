@@ -67,7 +67,7 @@ impl Gate {
 
     /// Waits for a turn; fails at once while the database is left alone or too many wait already.
     pub(super) async fn enter(&self) -> Result<Permit<'_>, Failure> {
-        self.check_breaker()?;
+        self.check(&self.breaker())?;
         let running = match self.running.try_acquire() {
             Ok(permit) => permit,
             Err(_) => {
@@ -93,8 +93,8 @@ impl Gate {
         Ok(place)
     }
 
-    fn check_breaker(&self) -> Result<(), Failure> {
-        match *self.breaker() {
+    fn check(&self, breaker: &Breaker) -> Result<(), Failure> {
+        match *breaker {
             Breaker::Closed { .. } => Ok(()),
             Breaker::Open { until } if Instant::now() >= until => Ok(()),
             // A probe that never ended (its task was stopped) must not keep the gate shut.
@@ -105,13 +105,10 @@ impl Gate {
 
     /// Decides for a load whose turn has come: while it waited, the breaker may have opened.
     fn admit(&self) -> Result<(), Failure> {
-        self.check_breaker()?;
         let mut breaker = self.breaker();
-        match *breaker {
-            Breaker::Closed { .. } => {}
-            Breaker::Open { .. } | Breaker::HalfOpen { .. } => {
-                *breaker = Breaker::HalfOpen { since: Instant::now() };
-            }
+        self.check(&breaker)?;
+        if !matches!(*breaker, Breaker::Closed { .. }) {
+            *breaker = Breaker::HalfOpen { since: Instant::now() };
         }
         Ok(())
     }

@@ -21,7 +21,7 @@ use crate::{
 const READ_OR_LEASE: &str = r"
 local token, lease, max_age = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local floor, known, want_stale = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
-local v = redis.call('HMGET', KEYS[1], 'b', 'f', 't', 'u')
+local v = redis.call('HMGET', KEYS[1], 'b', 'f', 't', 'u', 'a')
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local b, fresh_until = v[1] or '', tonumber(v[2])
@@ -36,7 +36,9 @@ if b ~= '' and fresh_until and now < fresh_until and above and (max_age < 0 or a
 end
 local stale = want_stale == '1' and b or ''
 local only_old = fresh_until and above and 1 or 0
-if v[3] and now < tonumber(v[4]) then return {'leased', age, only_old, took, stale} end
+-- One that begins in a second or later: the clock was set back, and it would last longer than was meant.
+local given = tonumber(string.sub(v[5] or '', 1, 14)) or now
+if v[3] and now < tonumber(v[4]) and given <= now + 1000 then return {'leased', age, only_old, took, stale} end
 redis.call('HSET', KEYS[1], 't', token, 'u', now + lease, 'a', string.format('%014d%010d', now, known))
 if redis.call('PTTL', KEYS[1]) < lease then redis.call('PEXPIRE', KEYS[1], lease) end
 return {'yours', age, only_old, took, stale}
@@ -274,25 +276,7 @@ impl L2 {
     /// Removes those of these keys that hold something else than a hash, which no expiry could reach. Best effort: an
     /// expiry that still fails is tried again.
     pub(super) async fn remove_unusable(&self, keys: &[Key]) {
-        let command = |name: &str, key: &Key| {
-            let mut command = redis::cmd(name);
-            command.arg(self.name(key));
-            command
-        };
-        let kinds = self.redis.send(keys.iter().map(|key| command("TYPE", key)).collect()).await;
-        let foreign: Vec<_> = keys
-            .iter()
-            .zip(kinds.unwrap_or_default())
-            .filter(|(_, kind)| !matches!(kind, Ok(Value::SimpleString(kind)) if kind == "hash" || kind == "none"))
-            .map(|(key, _)| command("UNLINK", key))
-            .collect();
-        if !foreign.is_empty() {
-            tracing::warn!(
-                keys = foreign.len(),
-                "redis: values that are not ours stood under our names and are removed"
-            );
-            let _ = self.redis.send(foreign).await;
-        }
+        self.redis.remove_unless("hash", keys.iter().map(|key| self.name(key)).collect()).await;
     }
 
     /// A text kept under a name that is no entry's.

@@ -93,7 +93,8 @@ fn land_copy(cache: &Inner, guard: Guard, copy: Copy, sent: Moment) {
     // Redis counts whole milliseconds, so its entry is up to one older than it says.
     let born = sent - span(copy.age + Duration::from_millis(1));
     let fresh = copy.left.min(duration_of(&copy.entry, cache.config.l1_duration, cache));
-    let stored = cache.memory.stored(&copy.entry, born, fresh, copy.took, &guard.flight);
+    let life = [born, cache.memory.known(born, sent), sent.saturating_add(span(fresh))];
+    let stored = cache.memory.stored(&copy.entry, life, copy.took, &guard.flight);
     guard.land(stored, How::hit(Level::Redis), true, false);
 }
 
@@ -209,14 +210,19 @@ async fn load_all(cache: &Arc<Inner>, flights: Vec<Under>, load: &Load) {
 
 /// Offers the loaded entries to Redis, then to memory, and answers the readers.
 async fn fill_all(cache: &Arc<Inner>, loaded: Vec<(Under, Entry)>, born: i64) {
-    let took = duration(cache.memory.now() - born);
+    let sent = cache.memory.now();
+    let took = duration(sent - born);
     let mut filled = vec![Filled::Unknown; loaded.len()];
     if let Some(remote) = &cache.shared {
-        let storable = |under: &Under, entry: &Entry| under.token.is_some() && cache.memory.accepts(entry.packed());
+        let storable = |under: &Under, entry: &Entry| {
+            let may = cache.memory.accepts(entry.packed()) && !cache.queue.has(&under.guard.key);
+            under.token.is_some() && may
+        };
+        let storable: Vec<_> = loaded.iter().map(|(under, entry)| storable(under, entry)).collect();
         let (indices, fills): (Vec<_>, Vec<_>) = loaded
             .iter()
             .enumerate()
-            .filter(|(_, (under, entry))| storable(under, entry))
+            .filter(|(index, _)| storable[*index])
             .filter_map(|(index, (under, entry))| {
                 let token = under.token.as_ref()?;
                 let fresh = duration_of(entry, cache.config.l2_duration, cache);
@@ -232,12 +238,14 @@ async fn fill_all(cache: &Arc<Inner>, loaded: Vec<(Under, Entry)>, born: i64) {
                 filled[index] = outcome;
             }
         }
-        let refused = loaded.iter().filter(|(under, entry)| !storable(under, entry));
-        remote.l2.release(refused.filter_map(|(under, _)| Some((under.guard.key, under.token.as_ref()?)))).await;
+        let refused = loaded.iter().zip(&storable).filter(|(_, storable)| !**storable).map(|((under, _), _)| under);
+        remote.l2.release(refused.filter_map(|under| Some((under.guard.key, under.token.as_ref()?)))).await;
     }
     for ((under, entry), filled) in loaded.into_iter().zip(filled) {
         let fresh = duration_of(&entry, cache.config.l1_duration, cache);
-        let stored = cache.memory.stored(&entry, born, fresh, took, &under.guard.flight);
+        let known = if filled == Filled::Stored { cache.memory.known(born, sent) } else { born };
+        let life = [born, known, cache.memory.now().saturating_add(span(fresh))];
+        let stored = cache.memory.stored(&entry, life, took, &under.guard.flight);
         under.guard.land(stored, How::hit(Level::Database), true, filled == Filled::Revoked);
     }
 }

@@ -35,7 +35,8 @@ if last then
   end
 end
 generation = math.max(generation, tonumber(ARGV[5]))
-if ARGV[2] == '*' then
+-- The first one, too: a log that was lost may have said that what is in Redis is stale.
+if ARGV[2] == '*' or not last then
   local clock = redis.call('TIME')
   floor, generation = clock[1] * 1000 + math.floor(clock[2] / 1000), generation + 1
 end
@@ -174,6 +175,11 @@ impl Log {
         Ok(Floor { ms, generation })
     }
 
+    /// Removes what stands under the log's name if no notice could be appended to it. Best effort.
+    pub(super) async fn remove_unusable(&self) {
+        self.redis.remove_unless("stream", vec![self.name.clone()]).await;
+    }
+
     fn own(&self) -> MutexGuard<'_, Own> {
         self.own.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -262,9 +268,9 @@ impl Reader<'_> {
     }
 
     /// Waits up to [`BLOCK`] (or not at all, where the log is polled) for notices after the position. On an error the
-    /// position stays, so the next read resumes.
-    pub(super) async fn read(&mut self, want_time: bool) -> Result<Heard, Error> {
-        let Some(position) = self.position else { return self.start(News::Missed).await };
+    /// position stays, so the next read resumes. `known`: the floor as far as this instance knows.
+    pub(super) async fn read(&mut self, want_time: bool, known: Floor) -> Result<Heard, Error> {
+        let Some(position) = self.position else { return self.start(News::Missed, known).await };
         let mut command = redis::cmd("XREAD");
         command.arg("COUNT").arg(PAGE);
         let block = if self.log.poll.is_none() { BLOCK } else { Duration::ZERO };
@@ -275,7 +281,7 @@ impl Reader<'_> {
         let (reply, redis_us): (Option<StreamReadReply>, _) = self.log.ask(command, block, want_time).await?;
         let entries = reply.and_then(|reply| reply.keys.into_iter().next()).map_or_else(Vec::new, |key| key.ids);
         if entries.is_empty() {
-            return Ok(Heard { redis_us, ..self.check_tail(position).await? });
+            return Ok(Heard { redis_us, ..self.check_tail(position, known).await? });
         }
         let caught_up = entries.len() < PAGE;
         let mut heard = Heard { news: Vec::new(), floor: Floor::default(), caught_up, redis_us };
@@ -306,11 +312,13 @@ impl Reader<'_> {
     }
 
     /// Nothing came: is the log still the one that was read?
-    async fn check_tail(&mut self, position: Position) -> Result<Heard, Error> {
+    async fn check_tail(&mut self, position: Position, known: Floor) -> Result<Heard, Error> {
         // Read before the tail is, so that a notice appended meanwhile does not look lost.
         let appended = self.log.own().unheard.last().copied();
         match self.log.tail(false).await?.0 {
-            Some(tail) if appended.is_some_and(|appended| tail.position < appended) => self.start(News::Reset).await,
+            Some(tail) if appended.is_some_and(|appended| tail.position < appended) => {
+                self.start(News::Reset, known).await
+            }
             Some(tail) if tail.position == position => {
                 Ok(Heard { news: Vec::new(), floor: tail.floor, caught_up: true, redis_us: None })
             }
@@ -318,23 +326,28 @@ impl Reader<'_> {
                 // It came since; the next read returns it.
                 Ok(Heard { news: Vec::new(), floor: tail.floor, caught_up: false, redis_us: None })
             }
-            _ => self.start(News::Reset).await,
+            _ => self.start(News::Reset, known).await,
         }
     }
 
     /// Takes the end of the log as position; whatever was heard before does not connect to it.
-    async fn start(&mut self, why: News) -> Result<Heard, Error> {
+    async fn start(&mut self, why: News, known: Floor) -> Result<Heard, Error> {
+        // What is appended meanwhile is still to be heard.
+        let before = self.log.own().unheard.clone();
         let (tail, redis_us) = self.log.tail(true).await?;
         let tail = match tail {
             Some(tail) => tail,
             None => {
                 // A first notice, so that there is a position that a later reset cannot be mistaken for.
-                self.log.append(Vec::new(), &Scope::Keys(Vec::new()), Floor::default()).await?;
+                self.log.append(Vec::new(), &Scope::Keys(Vec::new()), known).await?;
                 self.log.tail(false).await?.0.ok_or_else(|| malformed("log without the notice just appended"))?
             }
         };
         self.position = Some(tail.position);
-        *self.log.own() = Own { unheard: BTreeSet::new(), heard: tail.position };
+        let mut own = self.log.own();
+        own.unheard.retain(|notice| *notice > tail.position && !before.contains(notice));
+        own.heard = tail.position;
+        drop(own);
         Ok(Heard { news: vec![why], floor: tail.floor, caught_up: true, redis_us })
     }
 }

@@ -59,8 +59,8 @@ pub(super) struct Life {
     pub(super) born: Moment,
     /// Until when it is fresh if nothing expires it.
     pub(super) fresh_until: Moment,
-    /// When this instance took it over: the moment up to which it is known not to be expired.
-    pub(super) filled: Moment,
+    /// The moment up to which it is known not to be expired, unless expiries are heard.
+    known: Moment,
     /// How long its load took.
     took: i64,
     epoch: u64,
@@ -144,7 +144,8 @@ pub(super) struct Flight {
     epoch: u64,
     overtaken: AtomicBool,
     landed: OnceLock<Landed>,
-    has_landed: Notify,
+    /// It has landed, or was overtaken.
+    has_news: Notify,
 }
 
 impl Flight {
@@ -153,20 +154,28 @@ impl Flight {
         let _ = self.old.set(old);
     }
 
-    /// Waits for the end, which always comes: see [`Guard`].
-    pub(super) async fn landed(&self) -> Landed {
+    /// Waits for the end, which always comes: see [`Guard`]. `None`: it will be of no use to a reader who `arrived` then.
+    pub(super) async fn landed(&self, arrived: Moment) -> Option<Landed> {
         loop {
-            let has_landed = self.has_landed.notified(); // from here on no end is missed
+            let has_news = self.has_news.notified(); // from here on nothing is missed
             if let Some(landed) = self.landed.get() {
-                return landed.clone();
+                return Some(landed.clone());
             }
-            has_landed.await;
+            if self.overtaken.load(Ordering::Acquire) && self.began < arrived {
+                return None;
+            }
+            has_news.await;
         }
+    }
+
+    fn overtake(&self) {
+        self.overtaken.store(true, Ordering::Release);
+        self.has_news.notify_waiters();
     }
 
     fn land(&self, result: Result<Answer, Failure>, overtaken: bool) {
         let _ = self.landed.set(Landed { result, overtaken });
-        self.has_landed.notify_waiters();
+        self.has_news.notify_waiters();
     }
 }
 
@@ -176,8 +185,9 @@ pub(super) struct Memory {
     entries: sync::Cache<Key, Stored, Footprint>,
     flights: Vec<Mutex<Flights>>,
     hasher: DefaultHashBuilder,
-    /// Raised to make everything stale at once.
+    /// Raised to make everything stale at once; when it was last.
     epoch: AtomicU64,
+    raised: AtomicI64,
     heard: [AtomicI64; 2],
     started: Instant,
     eager_factor: f64,
@@ -213,6 +223,7 @@ impl Memory {
             flights: (0..LOCKS).map(|_| Mutex::default()).collect(),
             hasher: DefaultHashBuilder::default(),
             epoch: AtomicU64::new(0),
+            raised: AtomicI64::new(Moment::MIN),
             heard: [const { AtomicI64::new(NOT_NEEDED) }; 2],
             started: Instant::now(),
             eager_factor: f64::from(config.eager_factor),
@@ -231,20 +242,24 @@ impl Memory {
         span(self.started.elapsed())
     }
 
-    /// An entry that may be stored; `fresh` counts from now, `took` is how long its load took.
+    /// Up to when something born then is known not to be expired if Redis held it as fresh, or under its lease, when it
+    /// was asked: an expiry of everything touches neither, and is heard.
+    pub(super) fn known(&self, born: Moment, asked: Moment) -> Moment {
+        born.max(asked.min(self.heard[Source::Log as usize].load(Ordering::Relaxed)))
+    }
+
+    /// An entry that may be stored: its load began at `born` and took `took`, it was not expired at `known`.
     pub(super) fn stored(
         &self,
         entry: &Entry,
-        born: Moment,
-        fresh: Duration,
+        [born, known, fresh_until]: [Moment; 3],
         took: Duration,
         flight: &Flight,
     ) -> Stored {
-        let filled = self.now();
         let life = Life {
             born,
-            fresh_until: filled.saturating_add(span(fresh)),
-            filled,
+            fresh_until,
+            known,
             took: span(took),
             epoch: flight.epoch,
             expired: AtomicBool::new(false),
@@ -256,7 +271,8 @@ impl Memory {
 
     /// A copy that is no longer fresh; `expired` unless it merely grew old.
     pub(super) fn stale_copy(&self, entry: &Entry, age: Duration, expired: bool, flight: &Flight) -> Stored {
-        let copy = self.stored(entry, self.now() - span(age), Duration::ZERO, Duration::ZERO, flight);
+        let now = self.now();
+        let copy = self.stored(entry, [now - span(age), now, now], Duration::ZERO, flight);
         copy.expired.store(expired, Ordering::Relaxed);
         copy
     }
@@ -274,7 +290,8 @@ impl Memory {
             let young = max_age.is_none_or(|max_age| now.saturating_sub(stored.born) < span(max_age));
             return young.then(|| Answer::new(stored, How::hit(Level::Memory), now));
         }
-        let left_alone = now < stored.retry_at.load(Ordering::Relaxed) && self.may_serve_stale(&stored, now);
+        // Who wants it young wants to have it asked for.
+        let left_alone = max_age.is_none() && self.is_left_alone(&stored, now) && self.may_serve_stale(&stored, now);
         left_alone.then(|| {
             let why = if stored.slow.load(Ordering::Relaxed) { Stale::DatabaseSlow } else { Stale::DatabaseFailed };
             Answer::new(stored, How::stale(why), now)
@@ -339,14 +356,20 @@ impl Memory {
         Some(Answer::new(stored, How::stale(Stale::DatabaseSlow), now))
     }
 
+    /// Whether no attempt to load is made for now. An expiry ends that, of the key or of everything.
+    fn is_left_alone(&self, stored: &Life, now: Moment) -> bool {
+        let retry_at = stored.retry_at.load(Ordering::Relaxed);
+        now < retry_at && retry_at.saturating_sub(self.throttle) > self.raised.load(Ordering::Acquire)
+    }
+
     fn is_fresh(&self, stored: &Life, now: Moment) -> bool {
-        // C6: known to be right when it was filled, and as of the last time that expiries were heard.
+        // C6: known to be right when it was read, and as of the last time that expiries were heard.
         let [log, feed] = &self.heard;
         let heard = log.load(Ordering::Relaxed).min(feed.load(Ordering::Relaxed));
         !stored.expired.load(Ordering::Acquire)
             && now < stored.fresh_until
             && stored.epoch == self.epoch.load(Ordering::Acquire)
-            && now.saturating_sub(stored.filled.max(heard)) <= self.unheard_max
+            && now.saturating_sub(stored.known.max(heard)) <= self.unheard_max
     }
 
     fn may_serve_stale(&self, stored: &Stored, now: Moment) -> bool {
@@ -374,7 +397,7 @@ impl Memory {
             _ => {
                 let flight = self.flight(max_age, Purpose::Miss, epoch);
                 if let Some(old) = flights.insert(key, flight.clone()) {
-                    old.overtaken.store(true, Ordering::Release);
+                    old.overtake();
                 }
                 Joined::Lead(Guard { memory: self.clone(), key, flight })
             }
@@ -390,7 +413,7 @@ impl Memory {
             epoch,
             overtaken: AtomicBool::new(false),
             landed: OnceLock::new(),
-            has_landed: Notify::new(),
+            has_news: Notify::new(),
         })
     }
 
@@ -398,7 +421,7 @@ impl Memory {
     pub(super) fn expire(&self, key: &Key) {
         let mut flights = self.flights(key);
         if let Some(flight) = flights.remove(key) {
-            flight.overtaken.store(true, Ordering::Release);
+            flight.overtake();
         }
         match self.entries.peek(key) {
             Some(stored) if stored.is_found() => {
@@ -413,6 +436,7 @@ impl Memory {
     /// Makes everything stale and every flight useless for whoever comes from now on.
     pub(super) fn expire_everything(&self) {
         self.epoch.fetch_add(1, Ordering::AcqRel);
+        self.raised.fetch_max(self.now(), Ordering::AcqRel);
     }
 
     /// All expiries up to `moment` have been heard from `source`.

@@ -427,15 +427,17 @@ impl Cache {
         max_age: Option<Duration>,
     ) -> (Result<Answer, Failure>, bool) {
         let landed = match self.patience(arrived, max_age) {
-            None => flight.landed().await,
-            Some(patience) => match tokio::time::timeout(patience, flight.landed()).await {
+            None => flight.landed(arrived).await,
+            Some(patience) => match tokio::time::timeout(patience, flight.landed(arrived)).await {
                 Ok(landed) => landed,
                 Err(_) => match self.inner.memory.old(key, flight) {
                     Some(answer) => return (Ok(answer), true),
-                    None => flight.landed().await,
+                    None => flight.landed(arrived).await,
                 },
             },
         };
+        let too_old = || Err(Failure::Unavailable("the entry is expired faster than it can be loaded".to_owned()));
+        let Some(landed) = landed else { return (too_old(), false) };
         match landed.result {
             Ok(answer) => {
                 let born_since = answer.stored.born >= arrived;
@@ -445,7 +447,7 @@ impl Cache {
                 if current && (young || answer.how.stale.is_some()) {
                     return (Ok(Answer { how: How { collapsed, ..answer.how }, ..answer }), true);
                 }
-                (Err(Failure::Unavailable("the entry is expired faster than it can be loaded".to_owned())), false)
+                (too_old(), false)
             }
             Err(failure) => (Err(failure), !landed.overtaken),
         }
@@ -554,7 +556,7 @@ async fn listen(cache: Arc<Inner>) {
     loop {
         remote.redis.log_connected().await;
         let sent = cache.memory.now();
-        let heard = match reader.read(cache.clock.is_due(sent)).await {
+        let heard = match reader.read(cache.clock.is_due(sent), cache.floor()).await {
             Ok(heard) => heard,
             Err(error) => {
                 if let Some(unsaid) = deaf.next() {

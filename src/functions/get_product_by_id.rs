@@ -78,7 +78,8 @@ async fn load(app: &App, keys: &[Key], max_age: Option<Duration>) -> Vec<Result<
         Err(_) => {
             tracing::error!(keys = keys.len(), "a request reached its deadline");
             let late = || Failure::Unavailable("deadline".to_owned());
-            keys.iter().map(|key| app.cache.get_stale(key).ok_or_else(late)).collect()
+            let known = |key| app.cache.get(key, max_age, &app.load).or_else(|| app.cache.get_stale(key));
+            keys.iter().map(|key| known(key).ok_or_else(late)).collect()
         }
     }
 }

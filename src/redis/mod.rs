@@ -199,6 +199,26 @@ impl Redis {
         Err(Error::Disconnected)
     }
 
+    /// Removes what stands under these names and is not of this type (as `TYPE` says it). Best effort.
+    pub async fn remove_unless(&self, kind: &str, names: Vec<String>) {
+        let command = |command: &str, name: &str| {
+            let mut command = redis::cmd(command);
+            command.arg(name);
+            command
+        };
+        let kinds = self.send(names.iter().map(|name| command("TYPE", name)).collect()).await.unwrap_or_default();
+        let others = names
+            .iter()
+            .zip(kinds)
+            .filter(|(_, found)| matches!(found, Ok(Value::SimpleString(found)) if found != kind && found != "none"));
+        let others: Vec<_> = others.map(|(name, _)| command("UNLINK", name)).collect();
+        if !others.is_empty() {
+            let values = others.len();
+            tracing::warn!(values, "redis: values that are not ours stood under our names and are removed");
+            let _ = self.send(others).await;
+        }
+    }
+
     /// Sends commands over the invalidation log's connection, whose answers may take `patience` longer than usual if it
     /// holds a blocking read. With frugal settings it is the shared one, on which nothing must block.
     pub async fn send_on_log(&self, commands: Vec<Cmd>, patience: Duration) -> Result<Vec<RedisResult<Value>>, Error> {

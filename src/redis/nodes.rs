@@ -85,7 +85,7 @@ impl Nodes {
         let nodes = Self {
             server: config.server.clone(),
             authorities: authorities.transpose()?,
-            // Nagle's algorithm holds small commands back; a vanished peer is noticed by keep-alive, not never.
+            // Nagle's algorithm holds small commands back; what a vanished peer does not acknowledge is given up.
             tcp: TcpSettings::default().set_nodelay(true).set_user_timeout(config.connect_timeout * 10),
             settings: AsyncConnectionConfig::new()
                 .set_connection_timeout(Some(config.connect_timeout))

@@ -77,6 +77,23 @@ async fn a_reader_that_goes_away_ends_neither_the_load_nor_the_others_wait() {
 }
 
 #[tokio::test]
+async fn a_reader_whose_load_an_expiry_overtook_does_not_wait_for_it() {
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::new(&truth, None, &[]);
+    truth.hold();
+    let (first, second) = (node.begin(1), node.begin(1));
+    truth.begun(1).await;
+    sleep(Duration::from_millis(50)).await; // the second one has joined
+    truth.set(1, 11);
+    node.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    truth.begun(2).await;
+    truth.release_only(2);
+    assert_eq!(value(&ended(second).await.unwrap()), Some(11));
+    truth.release();
+    assert_eq!(value(&ended(first).await.unwrap()), Some(10), "whose load began after it came");
+}
+
+#[tokio::test]
 async fn a_load_that_panics_fails_its_readers_and_frees_its_key() {
     let truth = Truth::new(&[(1, 10)]);
     let node = Node::new(&truth, None, &[]);
@@ -384,6 +401,22 @@ async fn memory_is_trusted_for_seconds_only_while_the_log_cannot_be_heard() {
 }
 
 #[tokio::test]
+async fn what_cannot_be_heard_of_is_trusted_from_the_moment_its_row_was_read() {
+    let truth = Truth::new(&[(1, 10)]);
+    let nowhere = Some("redis://127.0.0.1:1");
+    let node = Node::new(&truth, nowhere, &[("CACHE_UNHEARD_MAX_S", "3"), ("CACHE_SOFT_TIMEOUT_MS", "0")]);
+    truth.hold();
+    let reader = node.begin(1);
+    truth.begun(1).await;
+    truth.set(1, 11);
+    sleep(Duration::from_secs(2)).await;
+    truth.release();
+    assert_eq!(value(&ended(reader).await.unwrap()), Some(10), "its load began before the change");
+    sleep(Duration::from_millis(1500)).await;
+    assert_eq!(node.value(1).await, Some(11));
+}
+
+#[tokio::test]
 async fn an_expiry_that_redis_cannot_be_told_of_is_queued_and_delivered_when_it_can() {
     let redis = RedisServer::start().await;
     let truth = Truth::new(&[(1, 10)]);
@@ -454,6 +487,38 @@ async fn after_an_expiry_of_everything_redis_is_not_believed_about_what_was_ther
 }
 
 #[tokio::test]
+async fn a_log_lost_while_nobody_heard_it_makes_what_is_in_redis_stale() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    for (new, first_notice) in [(11, false), (12, true)] {
+        let last = Node::hearing(&truth, &redis.url(), &[]).await;
+        last.value(1).await;
+        last.cache.expire_everything(BUDGET).await.unwrap();
+        drop(last);
+        truth.set(1, new);
+        redis.command(&["DEL", "{product-cache}:log"]).await;
+        let node = Node::new(&truth, Some(&redis.url()), &[]);
+        if first_notice {
+            node.cache.expire(&[key(2)], BUDGET).await.unwrap(); // maybe before it hears
+        }
+        node.until_it_hears().await;
+        assert_eq!(node.value(1).await, Some(new));
+    }
+}
+
+#[tokio::test]
+async fn a_lease_of_a_clock_that_went_back_is_none() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::hearing(&truth, &redis.url(), &[]).await;
+    let given = format!("{:014}{:010}", 99_999_999_999_999_u64, 0);
+    redis.command(&["HSET", "{product-cache}:thing:1", "t", "another's", "u", "99999999999999", "a", &given]).await;
+    node.value(1).await;
+    let other = Node::hearing(&truth, &redis.url(), &[]).await;
+    assert_eq!(other.read(1).await.how().level, Level::Redis, "the load was stored");
+}
+
+#[tokio::test]
 async fn somebody_elses_value_under_our_name_stops_no_expiry_and_no_read() {
     let redis = RedisServer::start().await;
     let truth = Truth::new(&[(1, 10), (2, 20)]);
@@ -465,6 +530,12 @@ async fn somebody_elses_value_under_our_name_stops_no_expiry_and_no_read() {
     assert_eq!(node.value(1).await, Some(10));
     let other = Node::hearing(&truth, &redis.url(), &[]).await;
     assert_eq!(other.read(1).await.how().level, Level::Redis, "the name is ours again");
+
+    redis.command(&["DEL", "{product-cache}:log"]).await;
+    redis.command(&["SET", "{product-cache}:log", "foreign"]).await;
+    truth.set(1, 11);
+    node.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    eventually("it is heard again", async || (other.value(1).await == Some(11)).then_some(())).await;
 }
 
 #[tokio::test]

@@ -48,6 +48,10 @@ async fn a_stale_copy_answers_while_the_database_fails_and_is_asked_for_again_on
     let most = 2 + began.elapsed().as_secs() as usize;
     assert!(truth.loads() <= 1 + most, "{} loads", truth.loads());
     assert!(node.try_read(2).await.is_err(), "what was never known cannot be served");
+    let (young, loads) = (Some(Duration::ZERO), truth.loads());
+    let asked = node.cache.get_or_load(&[key(1)], young, &node.load).await.remove(0).unwrap();
+    assert_eq!((value(&asked), asked.how().stale), (Some(10), Some(Stale::DatabaseFailed)));
+    assert_eq!(truth.loads(), loads + 1, "who wants a young entry has it asked for");
     truth.fail(false);
     eventually("the first success ends it", async || (node.value(1).await == Some(11)).then_some(())).await;
     assert_eq!(node.read(1).await.how().stale, None);
@@ -128,6 +132,7 @@ async fn an_entry_that_merely_grew_old_is_served_after_the_soft_timeout_and_the_
     let again = node.read(1).await;
     assert_eq!(again.how().stale, Some(Stale::DatabaseSlow), "later readers get it at once");
     assert_eq!(truth.loads(), 2, "and begin nothing");
+    assert!(node.cache.get(&key(1), Some(Duration::ZERO), &node.load).is_none(), "unless they want it young");
     truth.release();
     eventually("the load that went on is kept", async || (node.value(1).await == Some(11)).then_some(())).await;
     let other = Node::hearing(&truth, &redis.url(), &settings).await;
@@ -166,6 +171,32 @@ async fn an_entry_that_was_expired_is_never_served_because_the_database_is_slow(
         truth.release();
         assert_eq!(value(&ended(reader).await.unwrap()), Some(11));
     }
+}
+
+#[tokio::test]
+async fn an_expiry_of_everything_ends_the_time_in_which_an_old_entry_is_served_for_slowness_or_failure() {
+    let truth = Truth::new(&[(1, 10)]);
+    let settings = [("CACHE_DURATION_S", "1"), ("CACHE_SOFT_TIMEOUT_MS", "50"), ("CACHE_EAGER_FACTOR", "0")];
+    let node = Node::new(&truth, None, &settings);
+    node.value(1).await;
+    sleep(Duration::from_millis(1100)).await; // its duration ends
+    truth.hold();
+    assert_eq!(node.read(1).await.how().stale, Some(Stale::DatabaseSlow));
+    truth.set(1, 11);
+    node.cache.expire_everything(BUDGET).await.unwrap();
+    let reader = node.begin(1);
+    truth.begun(3).await;
+    truth.release();
+    assert_eq!(value(&ended(reader).await.unwrap()), Some(11));
+
+    node.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    truth.set(1, 12);
+    truth.fail(true);
+    assert_eq!(node.read(1).await.how().stale, Some(Stale::DatabaseFailed));
+    truth.fail(false);
+    assert_eq!(node.value(1).await, Some(11), "the database is left alone");
+    node.cache.expire_everything(BUDGET).await.unwrap();
+    assert_eq!(node.value(1).await, Some(12));
 }
 
 // ---- eager refresh ----------------------------------------------------------------------------------------------

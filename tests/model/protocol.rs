@@ -632,6 +632,8 @@ impl State {
 
     // The log.
 
+    /// Without one rule of the script's, that the first notice of a log raises the floor whatever its scope: what holds here
+    /// holds without it.
     fn append(&mut self, author: Option<usize>, scope: Scope, covers: Version) -> Notice {
         let last = self.tail().copied();
         let everything = scope == Scope::Everything;

@@ -267,7 +267,7 @@ fn a_refresh_that_an_expiry_overtakes_is_not_kept() {
         let Some(guard) = world.memory().refresh(key(0), &answer) else { return };
         let flight = guard.flight.clone();
         world.cache.inner.fly(vec![guard], &world.load());
-        block_on(flight.landed());
+        block_on(flight.landed(flight.began));
     }
     let refresh = || {
         part(|world| {
@@ -317,7 +317,7 @@ fn a_reader_out_of_patience_gets_what_is_old_but_never_what_was_expired() {
             world.check(0, floor, &answer);
         }
         if let Some(guard) = lead {
-            let loaded = memory.stored(&entry(world.row(0)), memory.now(), Duration::ZERO, Duration::ZERO, &flight);
+            let loaded = memory.stored(&entry(world.row(0)), [memory.now(); 3], Duration::ZERO, &flight);
             guard.land(loaded, How::hit(Level::Database), true, false);
         }
     }
@@ -338,6 +338,7 @@ fn an_abandoned_flight_wakes_its_readers_and_one_of_them_leads() {
     /// Reads by hand; `lets_go` gives up the first flight it leads.
     fn read(world: &Arc<World>, mut lets_go: usize) {
         let (memory, floor) = (world.memory(), world.told[0].load(SeqCst));
+        let arrived = memory.now();
         loop {
             let (flight, lead) = match memory.join(key(0), None) {
                 Joined::Ready(answer) => return world.check(0, floor, &answer),
@@ -350,12 +351,13 @@ fn an_abandoned_flight_wakes_its_readers_and_one_of_them_leads() {
                     drop(guard);
                 }
                 Some(guard) => {
-                    let loaded = memory.stored(&entry(world.row(0)), memory.now(), LONG, Duration::ZERO, &flight);
+                    let life = [memory.now(), memory.now(), memory.now() + span(LONG)];
+                    let loaded = memory.stored(&entry(world.row(0)), life, Duration::ZERO, &flight);
                     guard.land(loaded, How::hit(Level::Database), true, false);
                 }
                 None => {}
             }
-            let landed = block_on(flight.landed());
+            let Some(landed) = block_on(flight.landed(arrived)) else { continue };
             if let (Ok(answer), false) = (landed.result, landed.overtaken) {
                 return world.check(0, floor, &answer);
             }
