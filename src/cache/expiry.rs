@@ -20,7 +20,7 @@ use super::{
     log::{Floor, Scope},
 };
 
-/// Keys remembered while Redis is away; more become "everything". A key costs about 50 bytes.
+/// Keys remembered while Redis is away; more become "everything". A key costs some 60 bytes.
 const MOST_QUEUED: usize = 100_000;
 /// Keys per round trip: bounds one pipeline and one notice.
 const BATCH: usize = 1_000;
@@ -55,10 +55,6 @@ impl Named {
         Self { first: number, latest: number }
     }
 
-    fn again(self, number: u64) -> Self {
-        Self { latest: number, ..self }
-    }
-
     /// What is left of them when all up to this one are delivered.
     fn after(self, delivered: u64) -> Option<Self> {
         (self.latest > delivered).then(|| Self { first: self.first.max(delivered + 1), ..self })
@@ -79,11 +75,10 @@ impl Queue {
         let number = state.last;
         match (scope, state.everything) {
             // "Everything" may be on its way already: what comes now needs another one.
-            (_, Some(named)) => state.everything = Some(named.again(number)),
+            (_, Some(named)) => state.everything = Some(Named { latest: number, ..named }),
             (Scope::Keys(keys), None) => {
                 for key in keys {
-                    let named = state.keys.get(key).map_or(Named::by(number), |named| named.again(number));
-                    state.keys.insert(*key, named);
+                    state.keys.entry(*key).or_insert(Named::by(number)).latest = number;
                 }
             }
             (Scope::Everything, None) => state.everything = Some(Named::by(number)),

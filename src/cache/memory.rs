@@ -185,8 +185,9 @@ pub(super) struct Memory {
     entries: sync::Cache<Key, Stored, Footprint>,
     flights: Vec<Mutex<Flights>>,
     hasher: DefaultHashBuilder,
-    /// Raised to make everything stale at once; when it was last.
+    /// Raised to make everything stale at once.
     epoch: AtomicU64,
+    /// When that was last.
     raised: AtomicI64,
     heard: [AtomicI64; 2],
     started: Instant,
