@@ -157,7 +157,7 @@ async fn expiries(
         let id = FIRST + n % 900; // the others are read meanwhile
         let request = format!("GET {} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", load::target(id)).into_bytes();
         let name = format!("Changed {n} of {}", servers[0].port);
-        // What comes right after something like it is faster by half, so the same comes before each.
+        // What was done just before counts, so the same comes before each.
         let change = async |ours: &mut Instances| {
             ours.ask(&request).await?;
             sqlite(&catalogue.file(), &format!("UPDATE product SET Name = '{name}' WHERE ProductID = {id}")).await
