@@ -91,6 +91,7 @@ fn serve() -> ExitCode {
 async fn run(config: Config) -> ExitCode {
     let (role, http) = (config.role, config.http.clone());
     let redis = config.redis.is_some();
+    let stop = stop_signal();
     let app = match App::start(config, &Handle::current()) {
         Ok(app) => app,
         Err(error) => {
@@ -124,7 +125,7 @@ async fn run(config: Config) -> ExitCode {
     let changes = app.follow_changes();
     tokio::spawn(announce(app.clone(), role, port, http.route_prefix, redis));
     tokio::spawn(async move {
-        let name = stop_signal().await;
+        let name = stop.await;
         tracing::info!("{name}: finishing requests in flight");
         handle.stop(true).await;
     });
@@ -164,15 +165,20 @@ async fn announce(app: Arc<App>, role: Role, port: u16, prefix: String, redis: b
     );
 }
 
+/// The signal that asks it to stop. Listened for from this call on, which comes before the port is bound: whoever has
+/// had an answer may ask.
 #[cfg(unix)]
-async fn stop_signal() -> &'static str {
-    let mut terminate = match signal::unix::signal(signal::unix::SignalKind::terminate()) {
-        Ok(terminate) => terminate,
-        Err(_) => return std::future::pending().await,
-    };
-    tokio::select! {
-        _ = terminate.recv() => "SIGTERM",
-        _ = signal::ctrl_c() => "Ctrl-C",
+fn stop_signal() -> impl Future<Output = &'static str> {
+    use signal::unix::{SignalKind, signal};
+    let (terminate, interrupt) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    async {
+        let (Ok(mut terminate), Ok(mut interrupt)) = (terminate, interrupt) else {
+            return std::future::pending().await;
+        };
+        tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "Ctrl-C",
+        }
     }
 }
 

@@ -225,14 +225,43 @@ async fn a_database_that_somebody_names_is_neither_made_nor_seeded() {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn the_connection_that_opens_a_sqlite_file_is_the_one_that_is_asked_first() {
+async fn the_connection_that_opens_a_sqlite_file_is_the_one_that_is_asked() {
     let instance = start().env("FEED_INTERVAL_MS", 0).up().await;
     let connections = || instance.threads("sqlx-sqlite"); // sqlx gives each a thread
-    eventually("whoever only looked into it is gone", async || (connections() == 1).then_some(())).await;
+    eventually("it is open", async || (connections() > 0).then_some(())).await;
     sleep(Duration::from_millis(200)).await;
     assert_eq!(connections(), 1);
+    for id in [680, 706, 707, 708, 709] {
+        assert_eq!(instance.product(id).await.status, 200);
+        assert_eq!(connections(), 1, "after {id}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_query_of_sqlite_that_nobody_waits_for_ends() {
+    let settings = [("FEED_INTERVAL_MS", "0"), ("CACHE_HARD_TIMEOUT_MS", "200"), ("CACHE_BREAKER_FAILURES", "0")];
+    let instance = settings.into_iter().fold(start(), |start, (name, value)| start.env(name, value)).up().await;
     assert_eq!(instance.product(680).await.status, 200);
-    assert_eq!(connections(), 1);
+    instance.drag(10_000_000_000); // an hour
+    for id in [706, 707, 708, 709] {
+        assert_eq!(instance.product(id).await.status, 503);
+    }
+    eventually("the threads end", async || (instance.threads("sqlx-sqlite") <= 1).then_some(())).await;
+    instance.drag(0);
+    assert_eq!(instance.product(706).await.status, 200);
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_stop_leaves_the_database_in_one_file() {
+    let mut instance = start().env("FEED_INTERVAL_MS", 0).up().await;
+    assert_eq!(instance.product(680).await.status, 200);
+    let log = instance.folder.join("product-cache.db-wal");
+    assert!(log.exists());
+    instance.signal("TERM");
+    assert_eq!(instance.exit_code().await, Some(0));
+    assert!(!log.exists());
 }
 
 #[tokio::test]

@@ -263,7 +263,8 @@ impl Connection {
     pub async fn open(port: u16) -> Result<Self> {
         let stream = TcpStream::connect(("127.0.0.1", port)).await.map_err(|error| format!("connect: {error}"))?;
         stream.set_nodelay(true).map_err(|error| error.to_string())?;
-        Ok(Self { stream, buffer: Vec::with_capacity(8 * 1024) })
+        // Filled once: the kernel finds memory for it now and not when the first answer comes.
+        Ok(Self { stream, buffer: vec![b'-'; 8 * 1024] })
     }
 
     /// Sends a request and checks its answer.

@@ -163,7 +163,7 @@ pub(super) async fn deliver(cache: Arc<Inner>) {
                 pause = shortest;
             }
             Err(error) => {
-                if is_wrong_type(&error) {
+                if error.is_wrong_type() {
                     // Somebody else's value under one of our names stops no expiry.
                     if let Scope::Keys(keys) = &scope {
                         remote.l2.remove_unusable(keys).await;
@@ -176,16 +176,6 @@ pub(super) async fn deliver(cache: Arc<Inner>) {
                 pause = (pause * 2).min(longest);
             }
         }
-    }
-}
-
-fn is_wrong_type(error: &crate::redis::Error) -> bool {
-    let crate::redis::Error::Failed(error) = error else { return false };
-    match error.code() {
-        Some("WRONGTYPE") => true,
-        // Before Redis 7 a script's own error is wrapped in another.
-        Some("ERR") => error.detail().is_some_and(|detail| detail.contains("WRONGTYPE")),
-        _ => false,
     }
 }
 

@@ -255,7 +255,7 @@ impl Engine for MySql {
     }
 
     async fn close(&self) {
-        self.pool.close();
+        self.pool.close().await;
     }
 }
 

@@ -46,7 +46,7 @@ pub(super) fn failure(error: sqlx::Error, passing: impl Fn(&dyn DatabaseError) -
 }
 
 /// What went wrong, in the server's own words where it said something.
-pub(super) fn problem(error: &sqlx::Error) -> String {
+fn problem(error: &sqlx::Error) -> String {
     match error {
         sqlx::Error::Database(error) => error.message().to_owned(),
         error => error.to_string(),

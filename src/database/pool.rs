@@ -1,4 +1,4 @@
-//! Connections to a database server: bounded in number, in age and in what a broken one can cost.
+//! Connections to a database: bounded in number, in age and in what a broken one can cost.
 //!
 //! Owns when a connection is opened, trusted and thrown away; an engine says how, by [`Connect`]. Invariants: a
 //! connection whose work failed or was cancelled is never used again; no more are open than the pool's bound.
@@ -35,6 +35,12 @@ pub(super) trait Connect: Send + Sync + 'static {
 
     /// One round trip.
     fn ping(&self, connection: &mut Self::Connection) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    /// Closes one that is idle, at the end.
+    fn close(&self, connection: Self::Connection) -> impl Future<Output = ()> + Send {
+        drop(connection);
+        std::future::ready(())
+    }
 }
 
 /// Why a connection could not do its work.
@@ -136,9 +142,16 @@ impl<C: Connect> Pool<C> {
         }
     }
 
-    /// Closes what is idle, and lets nobody in any more.
-    pub(super) fn close(&self) {
+    /// Closes what is idle, and lets nobody in any more. A server or disk that does not answer is not waited for.
+    pub(super) async fn close(&self) {
+        let idle = self.pool.retain(|_, _| false).removed;
         self.pool.close();
+        let close = async {
+            for pooled in idle {
+                self.pool.manager().connect.close(pooled.connection).await;
+            }
+        };
+        let _ = tokio::time::timeout(self.connect_timeout, close).await;
     }
 }
 

@@ -194,7 +194,7 @@ impl Engine for Postgres {
     }
 
     async fn close(&self) {
-        self.pool.close();
+        self.pool.close().await;
         drop(self.listener.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 }

@@ -7,22 +7,26 @@ use std::{
     collections::BTreeSet,
     path::Path,
     str::FromStr,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
 };
 
 use async_trait::async_trait;
 use chrono::{NaiveDate, NaiveDateTime};
+use futures_util::{FutureExt, future::ready};
 use rust_decimal::Decimal;
 use sqlx::{
-    AssertSqlSafe, ConnectOptions, Connection, SqliteConnection, SqlitePool,
-    pool::PoolConnection,
-    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous},
+    AssertSqlSafe, ConnectOptions, Connection, SqliteConnection,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSynchronous},
 };
-use tokio::sync::{Mutex, OnceCell};
+use tokio::sync::OnceCell;
 
 use super::{
     BadRow, Changes, Engine, Error, Kind, Position, Row, Table, Value,
     over_sqlx::{self, get},
+    pool::{Connect, Failure, Pool},
 };
 use crate::config::{self, Secret};
 
@@ -32,6 +36,8 @@ const SCHEMA: &str = include_str!("../../sql/sqlite.sql");
 const DEFAULT_FILE: &str = "product-cache.db";
 /// Changes read at once: bounds memory; more is asked for at once.
 const FEED_PAGE: i64 = 10_000;
+/// Instructions of SQLite's machine between two looks whether anybody still waits: well below a millisecond.
+const LOOK: i32 = 10_000;
 /// Tells in-memory databases of one process apart.
 static NEXT_MEMORY: AtomicUsize = AtomicUsize::new(0);
 
@@ -43,10 +49,58 @@ pub(super) struct Sqlite {
 }
 
 struct Opened {
-    pool: SqlitePool,
+    pool: Pool<Opener>,
     what: String,
     /// A database in memory lives as long as one connection does, and a cancelled query closes the pool's.
     _keeper: Option<Mutex<SqliteConnection>>,
+}
+
+struct Opener {
+    options: SqliteConnectOptions,
+    /// What made the file goes on as the pool's first.
+    first: Mutex<Option<SqliteConnection>>,
+}
+
+/// A connection whose query ends with it. sqlx's thread would go on, past the pool's bound, until it is through.
+struct Session {
+    connection: SqliteConnection,
+    end: End,
+}
+
+struct End(Arc<AtomicBool>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Connect for Opener {
+    type Connection = Session;
+
+    async fn connect(&self) -> Result<Session, Failure> {
+        let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let mut connection = match first {
+            Some(first) => first,
+            None => self.options.connect().await.map_err(failure)?,
+        };
+        let end = End(Arc::default());
+        let ended = end.0.clone();
+        let mut handle = connection.lock_handle().await.map_err(failure)?;
+        handle.set_progress_handler(LOOK, move || !ended.load(Ordering::Relaxed));
+        drop(handle);
+        Ok(Session { connection, end })
+    }
+
+    async fn ping(&self, session: &mut Session) -> Result<(), Failure> {
+        session.connection.ping().await.map_err(failure)
+    }
+
+    async fn close(&self, Session { connection, end }: Session) {
+        // The last to leave a file takes its log along.
+        let _ = connection.close().await;
+        drop(end);
+    }
 }
 
 #[async_trait]
@@ -57,21 +111,18 @@ impl Engine for Sqlite {
 
     async fn rows(&self, table: &'static Table, keys: &[i64]) -> Result<Vec<Result<Row, BadRow>>, Error> {
         let columns: Vec<_> = table.columns.iter().map(|(name, _)| *name).collect();
-        let select = format!("SELECT {}, {} FROM {}", table.key, columns.join(", "), table.name);
-        let pool = &self.opened().await?.pool;
-        let rows = match keys {
-            [key] => {
-                let sql = AssertSqlSafe(format!("{select} WHERE {} = ?1", table.key));
-                sqlx::query(sql).bind(*key).fetch_all(pool).await
-            }
-            keys => {
-                // One statement for any number of keys, so that it is prepared once.
-                let sql = AssertSqlSafe(format!("{select} WHERE {} IN (SELECT value FROM json_each(?1))", table.key));
-                let keys = serde_json::to_string(keys).unwrap_or_default();
-                sqlx::query(sql).bind(keys).fetch_all(pool).await
-            }
-        };
-        Ok(rows.map_err(unavailable)?.iter().map(|row| over_sqlx::row(table, row, decode_value)).collect())
+        // One statement for any number of keys, so that it is prepared once; one for a single key, which is faster.
+        let these = if keys.len() == 1 { "= ?1" } else { "IN (SELECT value FROM json_each(?1))" };
+        let sql = format!("SELECT {}, {} FROM {} WHERE {0} {these}", table.key, columns.join(", "), table.name);
+        let rows = self.opened().await?.pool.run(|session| {
+            let query = sqlx::query(AssertSqlSafe(sql.clone()));
+            let query = match keys {
+                [key] => query.bind(*key),
+                keys => query.bind(serde_json::to_string(keys).unwrap_or_default()),
+            };
+            async move { query.fetch_all(&mut session.connection).await.map_err(failure) }.boxed()
+        });
+        Ok(rows.await?.iter().map(|row| over_sqlx::row(table, row, decode_value)).collect())
     }
 
     async fn latest_change(&self, table: &'static Table) -> Result<Position, Error> {
@@ -90,13 +141,11 @@ impl Engine for Sqlite {
             "SELECT version, {} FROM {}_change WHERE version > ?1 AND version <= ?2 ORDER BY version LIMIT ?3",
             table.key, table.name
         );
-        let rows: Vec<(i64, i64)> = sqlx::query_as(AssertSqlSafe(sql))
-            .bind(version)
-            .bind(latest)
-            .bind(FEED_PAGE)
-            .fetch_all(&self.opened().await?.pool)
-            .await
-            .map_err(unavailable)?;
+        let rows = self.opened().await?.pool.run(|session| {
+            let query = sqlx::query_as(AssertSqlSafe(sql.clone())).bind(version).bind(latest).bind(FEED_PAGE);
+            async move { query.fetch_all(&mut session.connection).await.map_err(failure) }.boxed()
+        });
+        let rows: Vec<(i64, i64)> = rows.await?;
         let (first, last) = match (rows.first(), rows.last()) {
             (Some((first, _)), Some((last, _))) => (Some(*first), *last),
             _ => (None, latest),
@@ -136,11 +185,11 @@ impl Sqlite {
                coalesce((SELECT max(version) FROM {0}_change), 0))",
             table.name
         );
-        sqlx::query_scalar(AssertSqlSafe(sql))
-            .bind(format!("{}_change", table.name))
-            .fetch_one(&self.opened().await?.pool)
-            .await
-            .map_err(unavailable)
+        let latest = self.opened().await?.pool.run(|session| {
+            let query = sqlx::query_scalar(AssertSqlSafe(sql.clone())).bind(format!("{}_change", table.name));
+            async move { query.fetch_one(&mut session.connection).await.map_err(failure) }.boxed()
+        });
+        latest.await
     }
 
     fn position(&self, version: i64) -> Position {
@@ -161,11 +210,7 @@ async fn open(config: &config::Database, url: Option<&Secret>) -> Result<Opened,
     let Some(url) = url else {
         let file = file_options(config, SqliteConnectOptions::new().filename(DEFAULT_FILE));
         return match create(&file.clone().create_if_missing(true)).await {
-            Ok(creator) => {
-                let (opened, _) = open_file(config, file).await.map_err(unavailable)?;
-                drop(creator); // not before: the last to leave a file takes its log along, for the next to make anew
-                Ok(opened)
-            }
+            Ok(creator) => open_file(config, file, Some(creator)).await,
             Err(error) if is_unwritable(&error) && !Path::new(DEFAULT_FILE).exists() => {
                 open_memory(config).await.map_err(unavailable)
             }
@@ -174,10 +219,11 @@ async fn open(config: &config::Database, url: Option<&Secret>) -> Result<Opened,
     };
     // A database that somebody names is theirs: nothing is created or seeded in it.
     let file = file_options(config, SqliteConnectOptions::from_str(url.reveal()).map_err(unavailable)?);
-    let (opened, mut connection) = open_file(config, file).await.map_err(unavailable)?;
+    let opened = open_file(config, file, None).await?;
+    let tables = opened.pool.run(|session| async { tables(&mut session.connection).await.map_err(failure) }.boxed());
+    let tables = tables.await?;
     for table in ["product", "product_change"] {
-        let exists = exists(&mut connection, table).await.map_err(unavailable)?;
-        if !exists && (table == "product" || config.feed_interval.is_some()) {
+        if !tables.iter().any(|name| name == table) && (table == "product" || config.feed_interval.is_some()) {
             return Err(Error::Unavailable(format!("there is no table {table}: sql/sqlite.sql makes it")));
         }
     }
@@ -192,25 +238,24 @@ fn file_options(config: &config::Database, file: SqliteConnectOptions) -> Sqlite
         .disable_statement_logging()
 }
 
-/// The file, and the first of its connections, which the pool keeps for the first query.
+/// The file, in a pool that has its first connection.
 async fn open_file(
     config: &config::Database,
     file: SqliteConnectOptions,
-) -> sqlx::Result<(Opened, PoolConnection<sqlx::Sqlite>)> {
+    first: Option<SqliteConnection>,
+) -> Result<Opened, Error> {
     let name = file.get_filename().to_owned();
     let name = std::path::absolute(&name).unwrap_or(name);
-    let pool = pool(config, file);
-    let connection = pool.acquire().await?;
-    Ok((Opened { pool, what: format!("SQLite file {}", name.display()), _keeper: None }, connection))
+    let pool = pool(config, file, first);
+    pool.run(|_| ready(Ok(())).boxed()).await?;
+    Ok(Opened { pool, what: format!("SQLite file {}", name.display()), _keeper: None })
 }
 
-async fn exists(connection: &mut SqliteConnection, table: &str) -> sqlx::Result<bool> {
-    let found: i64 =
-        sqlx::query_scalar("SELECT count(*) FROM sqlite_schema WHERE type IN ('table', 'view') AND name = ?1")
-            .bind(table)
-            .fetch_one(connection)
-            .await?;
-    Ok(found > 0)
+/// Those of our tables that are there.
+async fn tables(connection: &mut SqliteConnection) -> sqlx::Result<Vec<String>> {
+    let sql =
+        "SELECT name FROM sqlite_schema WHERE type IN ('table', 'view') AND name IN ('product', 'product_change')";
+    sqlx::query_scalar(sql).fetch_all(connection).await
 }
 
 async fn open_memory(config: &config::Database) -> sqlx::Result<Opened> {
@@ -223,22 +268,18 @@ async fn open_memory(config: &config::Database) -> sqlx::Result<Opened> {
         .disable_statement_logging();
     let keeper = create(&options).await?;
     let what = "SQLite in memory, because the working directory cannot be written: edits end with the process";
-    Ok(Opened { pool: pool(config, options), what: what.to_owned(), _keeper: Some(Mutex::new(keeper)) })
+    Ok(Opened { pool: pool(config, options, None), what: what.to_owned(), _keeper: Some(Mutex::new(keeper)) })
 }
 
-fn pool(config: &config::Database, options: SqliteConnectOptions) -> SqlitePool {
-    SqlitePoolOptions::new()
-        .max_connections(config.max_connections)
-        .acquire_timeout(config.connect_timeout)
-        .test_before_acquire(false) // a file needs no ping
-        .connect_lazy_with(options)
+fn pool(config: &config::Database, options: SqliteConnectOptions, first: Option<SqliteConnection>) -> Pool<Opener> {
+    Pool::new(Opener { options, first: Mutex::new(first) }, config, config.max_connections)
 }
 
 /// Creates and seeds the tables if they are not there. Several processes may do so at once: the first one wins.
 async fn create(options: &SqliteConnectOptions) -> sqlx::Result<SqliteConnection> {
     let mut connection = options.connect().await?;
     let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
-    if !exists(&mut transaction, "product").await? {
+    if !tables(&mut transaction).await?.iter().any(|table| table == "product") {
         sqlx::raw_sql(SCHEMA).execute(&mut *transaction).await?;
     }
     transaction.commit().await?;
@@ -254,7 +295,11 @@ fn is_unwritable(error: &sqlx::Error) -> bool {
 }
 
 fn unavailable(error: sqlx::Error) -> Error {
-    Error::Unavailable(over_sqlx::problem(&error))
+    failure(error).into()
+}
+
+fn failure(error: sqlx::Error) -> Failure {
+    over_sqlx::failure(error, |_| false)
 }
 
 fn decode_value(row: &SqliteRow, index: usize, kind: Kind) -> Result<Option<Value>, String> {

@@ -6,7 +6,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::App;
 use crate::{
@@ -17,7 +17,7 @@ use crate::{
 
 /// How long the feed waits for Redis to take an expiry. Afterwards it stays queued and the feed goes on.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// Least time between two looks, where the engine tells of commits.
+/// Least time between two looks, where the engine tells of commits; and before the first.
 const SHORTEST: Duration = Duration::from_millis(10);
 /// What the position is kept under.
 const NOTE: &str = "feed";
@@ -26,6 +26,8 @@ const NOTE: &str = "feed";
 pub(super) async fn follow(app: Arc<App>, interval: Duration) {
     let mut follower = Follower { app: &app, position: None, resumed: false, kept: None };
     let mut failing = false;
+    // Whoever asks as soon as the port is open goes first, and has the database's first connection.
+    sleep(SHORTEST).await;
     loop {
         let began = Instant::now();
         match follower.step().await {

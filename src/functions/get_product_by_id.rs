@@ -256,34 +256,38 @@ impl Asked {
     /// Reads `productid`, in whatever case; several ids are separated by commas, or the parameter is repeated (which a
     /// forwarding host turns into the former).
     fn parse(query: &str) -> Result<Self, &'static str> {
-        // As nearly all are written.
-        if let Some(id) = query.strip_prefix(PARAMETER).and_then(|rest| ProductId::parse(rest.strip_prefix('=')?)) {
+        // As nearly all are written: nothing to decode.
+        let plain = query.strip_prefix(PARAMETER).and_then(|rest| rest.strip_prefix('='));
+        if let Some(id) = plain.and_then(ProductId::parse) {
             return Ok(Self::One(id));
         }
-        let (mut only, mut ids) = (None, Vec::new()); // one id takes no list
-        for (name, value) in url::form_urlencoded::parse(query.as_bytes()) {
-            if !name.eq_ignore_ascii_case(PARAMETER) {
-                continue;
-            }
-            for text in value.split(',') {
-                if ids.len() == MOST_IDS {
-                    return Err("at most 100 ids may be asked for at once");
-                }
-                let id = ProductId::parse(text);
-                let id = id.ok_or("productid must be a whole number from 1 to 2147483647, or several with commas")?;
-                match only {
-                    None => only = Some(id),
-                    Some(first) if ids.is_empty() => ids.extend([first, id]),
-                    Some(_) => ids.push(id),
+        let mut ids = Vec::new();
+        match plain {
+            Some(list) if list.bytes().all(|byte| byte.is_ascii_digit() || byte == b',') => add_ids(&mut ids, list)?,
+            _ => {
+                let pairs = url::form_urlencoded::parse(query.as_bytes());
+                for (_, list) in pairs.filter(|(name, _)| name.eq_ignore_ascii_case(PARAMETER)) {
+                    add_ids(&mut ids, &list)?;
                 }
             }
         }
-        match only {
-            None => Err("the query has no productid"),
-            Some(id) if ids.is_empty() => Ok(Self::One(id)),
-            Some(_) => Ok(Self::Many(ids)),
+        match ids[..] {
+            [] => Err("the query has no productid"),
+            [id] => Ok(Self::One(id)),
+            _ => Ok(Self::Many(ids)),
         }
     }
+}
+
+fn add_ids(ids: &mut Vec<ProductId>, list: &str) -> Result<(), &'static str> {
+    for text in list.split(',') {
+        if ids.len() == MOST_IDS {
+            return Err("at most 100 ids may be asked for at once");
+        }
+        let id = ProductId::parse(text);
+        ids.push(id.ok_or("productid must be a whole number from 1 to 2147483647, or several with commas")?);
+    }
+    Ok(())
 }
 
 /// What stands for an entry in an array.

@@ -62,6 +62,13 @@ pub enum Error {
     Failed(#[from] RedisError),
 }
 
+impl Error {
+    /// Whether a value of another type than ours stands under one of the names.
+    pub fn is_wrong_type(&self) -> bool {
+        matches!(self, Self::Failed(error) if has(error, "WRONGTYPE"))
+    }
+}
+
 /// Cheap handle to the pool; clones share it.
 #[derive(Clone)]
 pub struct Redis {
@@ -426,11 +433,16 @@ fn is_answer(error: &RedisError) -> bool {
 /// Whether an answer shows a server that cannot serve us now: demoted to a replica, loading its data, no longer the
 /// owner of our slot, in a cluster that has lost too much, or one that has forgotten who we are.
 fn is_wrong_server(error: &RedisError) -> bool {
+    matches!(error.code(), Some("MASTERDOWN" | "LOADING" | "MOVED" | "CLUSTERDOWN" | "NOAUTH"))
+        || has(error, "READONLY")
+}
+
+/// Whether the server answered with this code, to a command or from within a script.
+fn has(error: &RedisError, code: &str) -> bool {
     match error.code() {
-        Some("READONLY" | "MASTERDOWN" | "LOADING" | "MOVED" | "CLUSTERDOWN" | "NOAUTH") => true,
         // Before Redis 7 a script's own error is wrapped in another.
-        Some("ERR") => error.detail().is_some_and(|detail| detail.contains("-READONLY")),
-        _ => false,
+        Some("ERR") => error.detail().is_some_and(|detail| detail.contains(code)),
+        found => found == Some(code),
     }
 }
 

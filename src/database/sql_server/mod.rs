@@ -109,7 +109,7 @@ impl Engine for SqlServer {
     }
 
     async fn close(&self) {
-        self.pool.close();
+        self.pool.close().await;
     }
 }
 
