@@ -18,11 +18,12 @@ pub mod tds;
 
 pub use self::basics::{PATIENCE, eventually, free_port, signal};
 
-/// Runs SQL on a SQLite file, as a SQLite shell would.
-pub fn sqlite(file: &std::path::Path, sql: &str) {
+/// Runs SQL on a SQLite file, as a SQLite shell would; returns what it prints.
+pub fn sqlite(file: &std::path::Path, sql: &str) -> String {
     let output = std::process::Command::new("sqlite3").args(["-cmd", ".timeout 5000"]).arg(file).arg(sql).output();
     let output = output.unwrap_or_else(|error| panic!("sqlite3 is not installed ({error}): run scripts/test"));
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("text")
 }
 
 /// Makes the embedded catalogue in a file of another name.
@@ -33,14 +34,15 @@ pub fn catalogue(file: &std::path::Path) {
 
 /// See [`instance::Instance::drag`].
 pub fn drag(file: &std::path::Path, steps: u64) {
-    let view = "CREATE TABLE drag (steps INTEGER);
+    let view = "BEGIN IMMEDIATE;
+        CREATE TABLE drag (steps INTEGER);
         ALTER TABLE product RENAME TO product_rows;
         CREATE VIEW product AS SELECT rows.* FROM product_rows AS rows WHERE (
           WITH RECURSIVE step(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM step WHERE n < (SELECT steps FROM drag))
-          SELECT count(*) FROM step) > 0;";
-    let prepared = std::process::Command::new("sqlite3").arg(file).arg("SELECT 1 FROM drag").output().expect("sqlite3");
-    if !prepared.status.success() {
+          SELECT count(*) FROM step) > 0;
+        COMMIT;";
+    if sqlite(file, "SELECT name FROM sqlite_schema WHERE name = 'drag'").is_empty() {
         sqlite(file, view);
     }
-    sqlite(file, &format!("DELETE FROM drag; INSERT INTO drag VALUES ({steps})"));
+    sqlite(file, &format!("BEGIN IMMEDIATE; DELETE FROM drag; INSERT INTO drag VALUES ({steps}); COMMIT;"));
 }
