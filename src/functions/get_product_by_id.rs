@@ -96,9 +96,11 @@ fn one(app: &App, head: &RequestHead, id: ProductId, answer: &Answer, forward: &
             response.headers_mut().insert(CACHE_STATUS, status);
             return Ok(response);
         }
-        Entry::Found(body) if fails_if_match(&head.headers, body.etag()) => return Err(Error::PreconditionFailed),
-        Entry::Found(body) if matches_etag(&head.headers, body.etag()) => not_modified(body.share(body.etag())),
-        Entry::Found(body) => ok(body.share(body.bytes()), body.share(body.etag())),
+        Entry::Found(body) => match Wanted::of(&head.headers, body.etag()) {
+            Wanted::Content => ok(body.share(body.bytes()), body.share(body.etag())),
+            Wanted::NotAgain => not_modified(body.share(body.etag())),
+            Wanted::Another => return Err(Error::PreconditionFailed),
+        },
     };
     let headers = response.headers_mut();
     if let Entry::Found(body) = &entry
@@ -134,10 +136,10 @@ fn many(app: &App, head: &RequestHead, answers: &[Answer], forward: &str) -> Res
         format!("memory {}, redis {}, database {}", count(Level::Memory), count(Level::Redis), count(Level::Database));
     let status = farthest
         .map_or(HeaderValue::from_static("L1; hit"), |answer| cache_status(app, answer, ttl_s, forward, &parts));
-    let response = match matches_etag(&head.headers, &etag) {
-        _ if fails_if_match(&head.headers, &etag) => return Err(Error::PreconditionFailed),
-        true => not_modified(etag),
-        false => ok(body.freeze(), etag),
+    let response = match Wanted::of(&head.headers, &etag) {
+        Wanted::Content => ok(body.freeze(), etag),
+        Wanted::NotAgain => not_modified(etag),
+        Wanted::Another => return Err(Error::PreconditionFailed),
     };
     Ok(finish(app, response, status, age_s))
 }
@@ -226,23 +228,39 @@ fn max_age(headers: &HeaderMap) -> Option<Duration> {
         .map(Duration::from_secs)
 }
 
-/// Whether `If-None-Match` lists this tag (weak comparison, RFC 9110 section 13.1.2) or is `*`.
-fn matches_etag(headers: &HeaderMap, etag: &[u8]) -> bool {
-    // Our tags are 32 hex digits in quotes, so one that occurs in the list is an element of the list.
-    headers.get_all(header::IF_NONE_MATCH).any(|value| {
-        let value = value.as_bytes().trim_ascii();
-        value == b"*" || value.windows(etag.len()).any(|part| part == etag)
-    })
+/// What a request wants of content with a certain entity tag (RFC 9110, section 13.2.2).
+#[derive(Debug, PartialEq, Eq)]
+enum Wanted {
+    Content,
+    /// `If-None-Match` lists the tag or is `*`: the client has it.
+    NotAgain,
+    /// `If-Match` lists neither the tag nor `*`.
+    Another,
 }
 
-/// Whether there is an `If-Match` that lists neither this tag (strong comparison, RFC 9110 section 13.1.1) nor `*`.
-fn fails_if_match(headers: &HeaderMap, etag: &[u8]) -> bool {
-    let mut values = headers.get_all(header::IF_MATCH).peekable();
-    values.peek().is_some()
-        && !values.any(|value| {
-            let mut listed = value.as_bytes().split(|byte| *byte == b',').map(<[u8]>::trim_ascii);
-            listed.any(|tag| tag == b"*" || tag == etag)
-        })
+impl Wanted {
+    fn of(headers: &HeaderMap, etag: &[u8]) -> Self {
+        let (mut matches, mut has) = (None, false);
+        for (name, value) in headers {
+            let value = value.as_bytes().trim_ascii();
+            match *name {
+                // Strong comparison (section 13.1.1).
+                header::IF_MATCH => {
+                    let mut tags = value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii);
+                    *matches.get_or_insert(false) |= tags.any(|tag| tag == b"*" || tag == etag);
+                }
+                // Weak comparison (section 13.1.2). Our tags are 32 hex digits in quotes, so one that occurs in the list
+                // is an element of the list.
+                header::IF_NONE_MATCH => has |= value == b"*" || value.windows(etag.len()).any(|part| part == etag),
+                _ => {}
+            }
+        }
+        match (matches, has) {
+            (Some(false), _) => Self::Another,
+            (_, true) => Self::NotAgain,
+            (_, false) => Self::Content,
+        }
+    }
 }
 
 /// What a query asks for.
@@ -387,22 +405,33 @@ mod tests {
     }
 
     #[test]
-    fn if_none_match_compares_weakly_and_by_element() {
+    fn conditions_are_compared_by_element_and_if_match_comes_first() {
         let etag = etag([&b"body"[..]]);
         let text = String::from_utf8_lossy(&etag).into_owned();
-        let matches = |value: &str| {
+        let wanted = |conditions: &[(HeaderName, &str)]| {
             let mut headers = HeaderMap::new();
-            headers.insert(header::IF_NONE_MATCH, HeaderValue::from_str(value).expect("a header value"));
-            matches_etag(&headers, &etag)
+            for (name, value) in conditions {
+                headers.append(name.clone(), HeaderValue::from_str(value).expect("a header value"));
+            }
+            Wanted::of(&headers, &etag)
         };
-        assert!(
-            matches(&text)
-                && matches(&format!("W/{text}"))
-                && matches(&format!("\"a\", {text} ,\"b\""))
-                && matches(" * ")
-        );
-        assert!(!matches("\"other\"") && !matches("") && !matches(text.trim_matches('"')));
-        assert!(!matches_etag(&HeaderMap::new(), &etag));
+        let (weak, listed) = (format!("W/{text}"), format!("\"a\", {text} ,\"b\""));
+        assert_eq!(wanted(&[]), Wanted::Content);
+        for has in [&text, &weak, &listed, " * "] {
+            assert_eq!(wanted(&[(header::IF_NONE_MATCH, has)]), Wanted::NotAgain, "{has}");
+            assert_eq!(wanted(&[(header::IF_NONE_MATCH, "\"a\""), (header::IF_NONE_MATCH, has)]), Wanted::NotAgain);
+        }
+        for other in ["\"other\"", "", text.trim_matches('"')] {
+            assert_eq!(wanted(&[(header::IF_NONE_MATCH, other)]), Wanted::Content, "{other}");
+            assert_eq!(wanted(&[(header::IF_MATCH, other)]), Wanted::Another, "{other}");
+        }
+        for same in [&text, &listed, " * "] {
+            assert_eq!(wanted(&[(header::IF_MATCH, same)]), Wanted::Content, "{same}");
+            assert_eq!(wanted(&[(header::IF_MATCH, "\"a\""), (header::IF_MATCH, same)]), Wanted::Content);
+            assert_eq!(wanted(&[(header::IF_MATCH, same), (header::IF_NONE_MATCH, same)]), Wanted::NotAgain);
+        }
+        assert_eq!(wanted(&[(header::IF_MATCH, &weak)]), Wanted::Another, "not the same byte by byte");
+        assert_eq!(wanted(&[(header::IF_MATCH, "\"a\""), (header::IF_NONE_MATCH, "*")]), Wanted::Another);
     }
 
     proptest! {
