@@ -1,6 +1,7 @@
 //! What the handler is compared with: how these small servers listen, and the headers they all send.
 //!
-//! Server, threads, allocator, keep-alive and headers are the handler's own; only what a request costs differs.
+//! Server, threads, allocator and headers are the handler's own; only what a request costs differs. Idle connections end
+//! after a time, as they do with actix-web's defaults; the handler goes without the timer that each answer then starts.
 //! Settings: `HTTP_PORT`, `HTTP_WORKERS`, and each server's own in its file.
 
 use std::{io::Write, net::Ipv4Addr, time::Duration};
@@ -19,7 +20,7 @@ use product_cache::{background, config::Config};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// As in the handler.
+/// Longer than any pause of the generator's, so that none has to connect anew.
 const KEEP_ALIVE: Duration = Duration::from_secs(150);
 
 /// A number among the settings.

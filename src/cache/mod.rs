@@ -593,10 +593,8 @@ async fn listen(cache: Arc<Inner>) {
             cache.heard_once.send_if_modified(|heard| !std::mem::replace(heard, true));
         }
         *cache.position.lock().unwrap_or_else(PoisonError::into_inner) = reader.position();
-        if heard.caught_up
-            && let Some(pause) = remote.log.poll()
-        {
-            sleep(pause).await;
+        if heard.caught_up {
+            sleep(remote.log.pause()).await;
         }
     }
 }
