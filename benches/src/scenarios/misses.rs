@@ -79,7 +79,7 @@ pub(super) async fn stampede(bench: &mut Bench) -> Result<()> {
         for _ in 0..instances {
             let workers = if instances == 1 { 2 } else { 1 };
             servers.push(handler(settings(postgres.url(), Some(redis.url()), workers)).await?);
-            ceilings.push(ceiling(&bodies, workers)?);
+            ceilings.push(ceiling(&bodies, workers, 1)?);
         }
         let (mut times, mut beyond, mut queries) = (Vec::new(), Vec::new(), Vec::new());
         // One takes a tenth of a second, and scatters much.

@@ -240,8 +240,9 @@ async fn fill(server: &Server, range: std::ops::Range<i64>, bodies: &Bodies) -> 
     Ok(())
 }
 
-fn ceiling(bodies: &Bodies, workers: usize) -> Result<Server> {
-    let settings = vec![("HTTP_WORKERS", workers.to_string()), ("BODY_BYTES", bodies.len().to_string())];
+fn ceiling(bodies: &Bodies, workers: usize, places: i64) -> Result<Server> {
+    let mut settings = vec![("HTTP_WORKERS", workers.to_string()), ("BODY_BYTES", bodies.len().to_string())];
+    settings.push(("BODIES", places.to_string()));
     Server::start("ceiling", settings)
 }
 
