@@ -6,6 +6,7 @@ use std::{
     path::Path,
     process::ExitCode,
     sync::Arc,
+    time::Duration,
 };
 
 use actix_web::{HttpServer, http::KeepAlive};
@@ -24,6 +25,9 @@ const WRONG_SETTINGS: u8 = 2;
 const CANNOT_SERVE: u8 = 1;
 /// Stopped by a signal while a host may still want us: not 0, which the host takes for "done, do not restart".
 const STOPPED_UNDER_HOST: u8 = 3;
+/// How long a connection may be open until its first request's head is there: .NET's pool opens some long before it uses
+/// them.
+const FIRST_REQUEST: Duration = Duration::from_secs(150);
 const USAGE: &str = "usage: handler            answers HTTP, settings from the environment
        handler doctor     looks for what a deployment usually gets wrong
        handler --version";
@@ -31,8 +35,6 @@ const USAGE: &str = "usage: handler            answers HTTP, settings from the e
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// How long a connection may be open before its first request: .NET's pool opens some long before it uses them.
-const FIRST_REQUEST: std::time::Duration = std::time::Duration::from_secs(150);
 /// `doctor` found something that does not work.
 const FAILED: u8 = 1;
 
@@ -102,8 +104,8 @@ async fn run(config: Config) -> ExitCode {
     let shared = app.clone();
     let server = HttpServer::new(move || functions::service(shared.clone()))
         .workers(http.workers)
-        // Nobody but this machine connects, so that none is left behind unnoticed; closing one that the host is about to
-        // use would cost a request, and a timer started and stopped for each answer a twentieth of a warm hit.
+        // The one client is the host on this machine: its pool closes what it does not use, and if it dies the kernel
+        // does. Closing one that it is about to use would cost a request, and a timer for each answer costs every one.
         .keep_alive(KeepAlive::Os)
         .tcp_nodelay(true) // the end of an answer must not wait until its beginning is acknowledged
         .client_request_timeout(FIRST_REQUEST)

@@ -175,6 +175,18 @@ async fn requests_in_flight_are_answered_before_it_ends() {
 }
 
 #[tokio::test]
+async fn a_connection_that_is_kept_does_not_hold_up_its_end() {
+    let mut instance = start().env("HTTP_DRAIN_S", 60).up().await;
+    let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", instance.port)).await.unwrap();
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    stream.write_all(b"HEAD / HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n").await.unwrap();
+    assert!(stream.read(&mut [0; 4096]).await.unwrap() > 0, "an answer");
+    instance.signal("TERM");
+    tokio::time::timeout(PATIENCE, stream.read_to_end(&mut Vec::new())).await.expect("its end").unwrap();
+    assert_eq!(instance.exit_code().await, Some(0)); // long before the 60 s
+}
+
+#[tokio::test]
 async fn killed_and_started_again_on_the_same_port_it_serves_at_once() {
     let port = free_port();
     for _ in 0..3 {

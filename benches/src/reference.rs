@@ -1,7 +1,7 @@
 //! What the handler is compared with: how these small servers listen, and the headers they all send.
 //!
-//! Server, threads, allocator and headers are the handler's own; only what a request costs differs. Idle connections end
-//! after a time, as they do with actix-web's defaults; the handler goes without the timer that each answer then starts.
+//! Server, threads, allocator and headers are the handler's own. Idle connections end after a time, as they do with
+//! actix-web's defaults; the handler goes without the timer that each answer then starts.
 //! Settings: `HTTP_PORT`, `HTTP_WORKERS`, and each server's own in its file.
 
 use std::{io::Write, net::Ipv4Addr, time::Duration};

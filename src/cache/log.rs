@@ -53,8 +53,9 @@ return {id, floor, generation}
 /// How long one blocking read waits: also how often an idle log is checked for having been reset, and how long a
 /// silent instance's trust in its memory lags behind.
 const BLOCK: Duration = Duration::from_secs(1);
-/// Asking for the next notice costs as much as hearing one did, and while an instance asks, others on few cores have not
-/// heard yet, nor has whoever waits for the acknowledgement. What comes within the pause is read at once.
+/// Pause after a read that brought notices. Asking for the next costs as much as hearing these did, and while an instance
+/// asks, on few cores others have not heard yet, nor has whoever waits for the acknowledgement. What comes meanwhile is
+/// read together, and a timer's millisecond later than it could be.
 const PAUSE: Duration = Duration::from_millis(1);
 /// Notices per read: bounds memory; more is read at once.
 const PAGE: usize = 200;
@@ -146,9 +147,9 @@ impl Log {
         Self { redis, name, author, max_length, poll, own, kinds, append: Lua::new(APPEND) }
     }
 
-    /// Pause between two reads: longer where they must not block the connection they share.
-    pub(super) fn pause(&self) -> Duration {
-        self.poll.unwrap_or(PAUSE)
+    /// Pause after a read that caught up: always, where reads must not block the connection they share.
+    pub(super) fn pause(&self, brought_notices: bool) -> Option<Duration> {
+        self.poll.or(brought_notices.then_some(PAUSE))
     }
 
     /// Carries out `before` and then appends the notice, in one round trip; returns the floor, which an expiry of

@@ -17,6 +17,7 @@ mod memory;
 use std::{
     fmt,
     hash::{Hash, Hasher},
+    mem,
     pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
@@ -590,11 +591,14 @@ async fn listen(cache: Arc<Inner>) {
         if heard.caught_up {
             // As of when the read was sent: a process that was stopped meanwhile must not think it heard just now.
             cache.memory.heard(Source::Log, sent);
-            cache.heard_once.send_if_modified(|heard| !std::mem::replace(heard, true));
+            cache.heard_once.send_if_modified(|heard| !mem::replace(heard, true));
         }
-        *cache.position.lock().unwrap_or_else(PoisonError::into_inner) = reader.position();
-        if heard.caught_up {
-            sleep(remote.log.pause()).await;
+        let position = reader.position();
+        let before = mem::replace(&mut *cache.position.lock().unwrap_or_else(PoisonError::into_inner), position);
+        if heard.caught_up
+            && let Some(pause) = remote.log.pause(position != before)
+        {
+            sleep(pause).await;
         }
     }
 }

@@ -15,7 +15,7 @@ use super::{
 };
 
 /// From an acknowledgement to the last read on an undisturbed other instance that may still be outdated. The notice
-/// takes about a millisecond; the rest is for a machine with more to do than it can.
+/// takes a few milliseconds; the rest is for a machine with more to do than it can.
 pub const GRACE: Duration = Duration::from_millis(500);
 /// The same on an instance that cannot hear the log: CACHE_UNHEARD_MAX_S, and one second for what was under way to it
 /// when the expiry was acknowledged (two Redis answers of 250 ms and a slow load).
