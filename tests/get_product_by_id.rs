@@ -22,6 +22,14 @@ enum Way {
     Hosted(Host, #[allow(dead_code)] TempDir),
 }
 
+/// A host whose handler hears of expiries: from then on what it remembers, and gives Redis, stays.
+async fn hearing(options: Options) -> Host {
+    let host = Host::start(options).await.unwrap_or_else(|error| panic!("{error:?}"));
+    let status = async || Some(host.direct(host::Request::get("/")).await.ok()?.json());
+    eventually("the handler hears", async || status().await.filter(hears)).await;
+    host
+}
+
 impl Way {
     async fn hosted(dialect: Dialect, settings: &[(&str, &str)]) -> Self {
         let root = host::stage(env!("CARGO_MANIFEST_DIR").as_ref(), BINARY.as_ref()).expect("staged");
@@ -29,10 +37,7 @@ impl Way {
         for (name, value) in settings {
             options = options.env(name, *value);
         }
-        let host = Host::start(options).await.unwrap_or_else(|error| panic!("{error:?}"));
-        let status = async || Some(host.direct(host::Request::get("/")).await.ok()?.json());
-        eventually("the handler hears", async || status().await.filter(hears)).await;
-        Self::Hosted(host, root)
+        Self::Hosted(hearing(options).await, root)
     }
 
     async fn all(settings: &[(&str, &str)]) -> [Self; 3] {
@@ -403,7 +408,7 @@ async fn the_hosts_key_is_enforced_by_the_host_and_appears_nowhere() {
     let redis = RedisServer::start().await;
     let options =
         Options::new(root.path()).function_key("S3CRETKEY").env("Redis", redis.url()).env("LOG_LEVEL", "trace");
-    let host = Host::start(options).await.unwrap_or_else(|error| panic!("{error:?}"));
+    let host = hearing(options).await;
     assert_eq!(host.get(&format!("{PATH}?productid=680")).await.status, 401);
     let with_code = host.get(&format!("{PATH}?productid=680&code=S3CRETKEY")).await;
     let with_header =
