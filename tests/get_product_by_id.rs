@@ -10,7 +10,7 @@ use crate::support::{
     eventually,
     host::{self, Dialect, Host, Options},
     http::{self, Reply},
-    instance::{BINARY, Instance, hears, start},
+    instance::{BINARY, Instance, hearing, start},
     redis::RedisServer,
 };
 
@@ -20,14 +20,6 @@ const PATH: &str = "/api/GetProductById";
 enum Way {
     Standalone(Instance),
     Hosted(Host, #[allow(dead_code)] TempDir),
-}
-
-/// A host whose handler hears of expiries: from then on what it remembers, and gives Redis, stays.
-async fn hearing(options: Options) -> Host {
-    let host = Host::start(options).await.unwrap_or_else(|error| panic!("{error:?}"));
-    let status = async || Some(host.direct(host::Request::get("/")).await.ok()?.json());
-    eventually("the handler hears", async || status().await.filter(hears)).await;
-    host
 }
 
 impl Way {

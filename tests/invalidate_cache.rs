@@ -11,7 +11,7 @@ use crate::support::{
         self, Column, Dialect, Host, Invocation, MySqlRow, Operation, Options, SqlTrigger, changes, item, mysql_changes,
     },
     http,
-    instance::{BINARY, Instance, hears, start},
+    instance::{BINARY, Instance, hearing, start},
     proxy::{Fault, Proxy},
     redis::RedisServer,
 };
@@ -31,10 +31,7 @@ impl App {
         for (name, value) in settings {
             configured = configured.env(name, value);
         }
-        let host = Host::start(configured).await.unwrap_or_else(|error| panic!("{error:?}"));
-        let status = async || Some(host.direct(host::Request::get("/")).await.ok()?.json());
-        eventually("the handler hears", async || status().await.filter(hears)).await;
-        Self { host, root }
+        Self { host: hearing(configured).await, root }
     }
 
     async fn name(&self, id: i64) -> String {

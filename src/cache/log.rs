@@ -55,7 +55,7 @@ return {id, floor, generation}
 const BLOCK: Duration = Duration::from_secs(1);
 /// Pause after a read that brought notices. Asking for the next costs as much as hearing these did, and while an instance
 /// asks, on few cores others have not heard yet, nor has whoever waits for the acknowledgement. What comes meanwhile is
-/// read together, and a timer's millisecond later than it could be.
+/// read together, up to two milliseconds later than it could be: timers round up.
 const PAUSE: Duration = Duration::from_millis(1);
 /// Notices per read: bounds memory; more is read at once.
 const PAGE: usize = 200;

@@ -12,6 +12,7 @@ use tempfile::TempDir;
 
 use super::{
     eventually,
+    host::{self, Host, Options},
     http::{self, Reply},
     signal,
 };
@@ -70,6 +71,14 @@ impl Start {
         eventually("the instance hears", async || hears(&instance.status().await).then_some(())).await;
         instance
     }
+}
+
+/// A host whose handler hears of expiries: from then on what it remembers, and gives Redis, stays.
+pub async fn hearing(options: Options) -> Host {
+    let host = Host::start(options).await.unwrap_or_else(|error| panic!("{error:?}"));
+    let status = async || Some(host.direct(host::Request::get("/")).await.ok()?.json());
+    eventually("the handler hears", async || status().await.filter(hears)).await;
+    host
 }
 
 /// Whether an instance with this status hears of changes from everywhere it listens to.

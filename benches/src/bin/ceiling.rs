@@ -15,6 +15,7 @@ fn main() {
         let bodies: Arc<[Bytes]> = (0..number("BODIES").max(1)).map(|_| body()).collect();
         move |service: &mut actix_web::web::ServiceConfig| match &*bodies {
             [body] => {
+                // Nothing of the request is looked at.
                 let body = body.clone();
                 everything(service, move || ready(found(body.clone())));
             }

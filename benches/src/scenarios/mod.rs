@@ -241,9 +241,8 @@ async fn fill(server: &Server, range: std::ops::Range<i64>, bodies: &Bodies) -> 
 }
 
 fn ceiling(bodies: &Bodies, workers: usize, places: i64) -> Result<Server> {
-    let mut settings = vec![("HTTP_WORKERS", workers.to_string()), ("BODY_BYTES", bodies.len().to_string())];
-    settings.push(("BODIES", places.to_string()));
-    Server::start("ceiling", settings)
+    let (bytes, places) = (("BODY_BYTES", bodies.len().to_string()), ("BODIES", places.to_string()));
+    Server::start("ceiling", vec![("HTTP_WORKERS", workers.to_string()), bytes, places])
 }
 
 /// What `ceiling` answers, however it is asked.
