@@ -360,7 +360,7 @@ async fn notices_that_are_a_day_old_or_too_many_leave_the_log() {
     let truth = Truth::new(&[(1, 10)]);
     // Redis drops whole nodes of a stream, a hundred notices each.
     let add = "for i = 1, 1000 do
-      redis.call('XADD', KEYS[1], ARGV[1] == 'old' and i .. '-1' or '*', 'p', '0-0', 'f', 0, 'g', 0, 'k', 'product:2')
+      redis.call('XADD', KEYS[1], ARGV[1] == 'old' and i .. '-1' or '*', 'n', '0-0 0 0 nobody product:2')
     end";
     for (age, settings, most) in [("old", &[][..], 100), ("new", &[("REDIS_LOG_MAX_LENGTH", "500")], 600)] {
         redis.command(&["FLUSHALL"]).await;
