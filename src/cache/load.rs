@@ -19,7 +19,7 @@ use super::{
 };
 
 /// Least pause between two looks at another instance's load; each costs Redis one command.
-const LOOK_AGAIN: Duration = Duration::from_millis(2);
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 /// Pauses grow with the wait, so that what was delivered is seen at most this part of the wait later.
 const PART_OF_WAIT: u32 = 16;
 

@@ -9,11 +9,11 @@ use std::{
 
 use tokio::time::sleep;
 
-use super::{Bench, Catalogue, Side, fill, handler, invalidation::trigger, settings, turns};
+use super::{Bench, Catalogue, Side, ceiling, constant, fill, handler, invalidation::trigger, settings, turns};
 use crate::{
     Result,
     catalogue::{Bodies, FIRST, Rows, Size},
-    load::{self, Connection, Order},
+    load::{self, Connection, Order, Outcome},
     process::{Server, built, command, folder},
     report::{Bound, median},
     servers::redis::RedisServer,
@@ -45,19 +45,41 @@ pub(super) async fn clients(bench: &mut Bench) -> Result<()> {
 
 /// What a hit costs with many keys, and an expiry with many instances.
 pub(super) async fn growth(bench: &mut Bench) -> Result<()> {
+    const FEW: i64 = 1_000;
     let bodies = Bodies::new(Size::Small);
     let many = if bench.quick { 100_000 } else { 1_000_000 };
     let catalogue = Catalogue::new(many, Size::Small, Rows::Computed).await?;
-    let (few, full) =
-        (handler(settings(catalogue.url(), None, 1)).await?, handler(settings(catalogue.url(), None, 1)).await?);
-    fill(&few, 0..1_000, &bodies).await?;
-    fill(&full, 0..many, &bodies).await?;
-    let (some, all) = (load::products(0..1_000, &bodies, "L1; hit"), load::products(0..many, &bodies, "L1; hit"));
-    let ours = Side { server: &full, connections: 64, requests: &all, order: Order::Uniform };
-    let theirs = Side { server: &few, connections: 64, requests: &some, order: Order::Uniform };
-    let rounds = turns(bench, bench.rounds(), ours, theirs).await?;
-    bench.add_both(&format!("{many} keys, each as hot"), "1000 keys", Bound::None, Bound::AtMost(1.15), &rounds);
-    drop((few, full));
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for count in [many, FEW] {
+        let server = handler(settings(catalogue.url(), None, 1)).await?;
+        fill(&server, 0..count, &bodies).await?;
+        ours.push((server, load::products(0..count, &bodies, "L1; hit")));
+        theirs.push((ceiling(&bodies, 1, count)?, constant(&bodies, count)));
+    }
+    let mut rounds = Vec::new();
+    for servers in [&ours, &theirs] {
+        let side = |index: usize| Side {
+            server: &servers[index].0,
+            connections: 64,
+            requests: &servers[index].1,
+            order: Order::Uniform,
+        };
+        rounds.push(turns(bench, bench.rounds(), side(0), side(1)).await?);
+    }
+    drop((ours, theirs));
+    let growth = |(full, few): &(Outcome, Outcome)| full.cpu() / few.cpu();
+    let both: Vec<_> = rounds[0].iter().map(growth).zip(rounds[1].iter().map(growth)).collect();
+    bench.add_both(&format!("{many} keys, each as hot"), &format!("{FEW} keys"), Bound::None, Bound::None, &rounds[0]);
+    bench.add_both(
+        &format!("ceiling of {many} bodies"),
+        &format!("ceiling of {FEW}"),
+        Bound::None,
+        Bound::None,
+        &rounds[1],
+    );
+    // What memory costs whoever has that much of it is the ceiling's part.
+    let scenario = format!("growth to {many} keys: CPU per request");
+    bench.report.add(&scenario, &format!("times that of {FEW}"), "the ceiling's growth", Bound::AtMost(1.15), &both);
 
     let mut costs = Vec::new();
     for instances in [2, 16] {
