@@ -18,9 +18,9 @@ use super::{
     memory::{Guard, Moment, Purpose, Stored, duration, span},
 };
 
-/// Least pause between two looks at another instance's load; each costs Redis one command.
+/// Least pause between two looks at another instance's load; each costs Redis one command. Timers round up: two, really.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
-/// Pauses grow with the wait, so that what was delivered is seen at most this part of the wait later.
+/// Pauses grow with the wait, so that what was delivered after a long one is seen at most this part of it later.
 const PART_OF_WAIT: u32 = 16;
 
 /// A flight on its way.

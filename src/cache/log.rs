@@ -1,11 +1,12 @@
 //! The invalidation log: one Redis Stream that tells every instance which keys were expired, in order, without gaps.
 //!
-//! Each notice is one field `n`, as every reader has each sent to it: the id of the notice before, the floor (see
-//! [`Floor`]: milliseconds, generation), the author, and the keys, or `*` for all, with spaces between. Invariant (C5): a
-//! reader either hears every notice after its position or is told that it may have missed some; the id of the one before
-//! shows a trimmed, emptied or older log alike.
+//! A notice is one field `n` (each costs all readers): the id of the notice before, the floor (see [`Floor`]:
+//! milliseconds, generation), the author, and the keys, or `*` for all, with spaces between. A later form takes another
+//! name; what has none that is known is about everything. Invariant (C5): a reader either hears every notice after its
+//! position or is told that it may have missed some; the id of the one before shows a trimmed, emptied or older log alike.
 
 use std::{
+    cmp::Ordering,
     collections::BTreeSet,
     fmt,
     str::FromStr,
@@ -27,14 +28,14 @@ use crate::{
 /// Appends a notice; `ARGV`: author, keys, largest length, largest age in milliseconds, the generation its author knows.
 const APPEND: &str = r"
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
-local before, floor, generation = '0-0', 0, 0
+local before, floor, generation = '0-0'
 if last then
-  local known = {string.match(last[2][2], '^%S+ (%d+) (%d+) ')}
-  before, floor, generation = last[1], known[1] or 0, tonumber(known[2]) or 0
+  before = last[1]
+  if last[2][1] == 'n' then floor, generation = string.match(last[2][2], '^%d+%-%d+ (%d+) (%d+) %S+ ') end
 end
-generation = math.max(generation, tonumber(ARGV[5]))
--- The first one, too: a log that was lost may have said that what is in Redis is stale.
-if ARGV[2] == '*' or not last then
+generation = math.max(tonumber(generation) or 0, tonumber(ARGV[5]))
+-- After none that can be read, too: what was there may have said that what is in Redis is stale.
+if ARGV[2] == '*' or not floor then
   local clock = redis.call('TIME')
   floor, generation = clock[1] * 1000 + math.floor(clock[2] / 1000), generation + 1
 end
@@ -93,6 +94,12 @@ pub(super) struct Floor {
     /// Those whose loader knew of fewer such expiries than this. It counts where Redis' clock went back since they were
     /// loaded, as it may when another node takes over.
     pub(super) generation: u64,
+}
+
+impl Floor {
+    fn or_higher(self, other: Self) -> Self {
+        Self { ms: self.ms.max(other.ms), generation: self.generation.max(other.generation) }
+    }
 }
 
 /// One read of the log.
@@ -216,23 +223,29 @@ impl Log {
     }
 
     fn notice(&self, entry: StreamId) -> Result<Notice, Error> {
+        let position: Position = entry.id.parse().map_err(|()| malformed("notice id"))?;
         let text: String = entry.get(FIELD).unwrap_or_default();
+        Ok(self.readable(position, &text).unwrap_or(Notice {
+            position,
+            previous: None,
+            // It cannot have raised the floor any higher.
+            floor: Floor { ms: position.ms, generation: 0 },
+            own: false,
+            scope: Scope::Everything,
+        }))
+    }
+
+    fn readable(&self, position: Position, text: &str) -> Option<Notice> {
         let mut parts = text.splitn(5, ' ');
-        let mut part = || parts.next().unwrap_or_default();
-        let (previous, ms, generation, author, keys) = (part(), part(), part(), part(), part());
-        let scope = match keys {
+        let previous = Some(parts.next()?.parse().ok()?);
+        let floor = Floor { ms: parts.next()?.parse().ok()?, generation: parts.next()?.parse().ok()? };
+        let own = parts.next()? == self.author;
+        let scope = match parts.next()? {
             EVERYTHING => Scope::Everything,
             // A kind that this version does not know cannot be in its memory.
             keys => Scope::Keys(keys.split_ascii_whitespace().filter_map(|key| Key::parse(key, self.kinds)).collect()),
         };
-        Ok(Notice {
-            position: entry.id.parse().map_err(|()| malformed("notice id"))?,
-            // What is none of ours names none, and so nothing is trusted.
-            previous: previous.parse().unwrap_or_default(),
-            floor: Floor { ms: ms.parse().unwrap_or(0), generation: generation.parse().unwrap_or(0) },
-            own: author == self.author,
-            scope,
-        })
+        Some(Notice { position, previous, floor, own, scope })
     }
 }
 
@@ -255,7 +268,8 @@ impl Own {
 
 struct Notice {
     position: Position,
-    previous: Position,
+    /// The one before; `None` if it does not say so in a form that is known.
+    previous: Option<Position>,
     floor: Floor,
     own: bool,
     scope: Scope,
@@ -294,10 +308,10 @@ impl Reader<'_> {
         let mut last = position;
         for entry in entries {
             let notice = self.log.notice(entry)?;
-            if notice.previous > last {
-                heard.news.push(News::Missed);
-            } else if notice.previous < last {
-                heard.news.push(News::Reset);
+            match notice.previous.map(|previous| previous.cmp(&last)) {
+                Some(Ordering::Greater) => heard.news.push(News::Missed),
+                Some(Ordering::Less) => heard.news.push(News::Reset),
+                Some(Ordering::Equal) | None => {}
             }
             let mut own = self.log.own();
             if !own.hear(notice.position) {
@@ -310,7 +324,7 @@ impl Reader<'_> {
             if !notice.own || notice.scope == Scope::Everything {
                 heard.news.push(News::Expired(notice.scope));
             }
-            heard.floor = notice.floor;
+            heard.floor = heard.floor.or_higher(notice.floor);
             last = notice.position;
         }
         self.position = Some(last);

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::poll;
+use futures_util::{future::join_all, poll};
 use product_cache::cache::{Failure, Level};
 use redis::Value;
 use tokio::{
@@ -26,6 +26,8 @@ use crate::support::{
     proxy::{Fault, Link, Proxy},
     redis::RedisServer,
 };
+
+const LOG: &str = "{product-cache}:log";
 
 // ---- C1: one load per key and instance -------------------------------------------------------------------------
 
@@ -335,7 +337,7 @@ async fn a_log_trimmed_past_an_instance_or_lost_makes_all_its_memory_stale() {
     let redis = RedisServer::start().await;
     let truth = Truth::new(&[(1, 10), (2, 20)]);
     let a = Node::hearing(&truth, &redis.url(), &[]).await;
-    for loss in [vec!["XTRIM", "{product-cache}:log", "MAXLEN", "1"], vec!["FLUSHALL"]] {
+    for loss in [vec!["XTRIM", LOG, "MAXLEN", "1"], vec!["FLUSHALL"]] {
         let proxy = Proxy::start(redis.port).await;
         let b = Node::hearing(&truth, &proxy.redis_url(), &[]).await;
         let seen = b.value(1).await.unwrap();
@@ -355,6 +357,40 @@ async fn a_log_trimmed_past_an_instance_or_lost_makes_all_its_memory_stale() {
 }
 
 #[tokio::test]
+async fn a_notice_of_another_form_is_about_everything_and_nobody_answers_it() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10), (2, 20), (3, 30)]);
+    let nodes = [Node::hearing(&truth, &redis.url(), &[]).await, Node::hearing(&truth, &redis.url(), &[]).await];
+    let heard = async |notices: i64| {
+        let last = redis.command(&["XREVRANGE", LOG, "+", "-", "COUNT", "1"]).await;
+        let last: Vec<(String, Vec<String>)> = redis::from_redis_value(last).unwrap();
+        eventually("both hear it", async || {
+            let positions = nodes.each_ref().map(|node| node.cache.status().log_position.unwrap().to_string());
+            positions.iter().all(|position| *position == last[0].0).then_some(())
+        })
+        .await;
+        assert_eq!(redis.command(&["XLEN", LOG]).await, Value::Int(notices));
+    };
+    for (form, value) in [(["p", "0-0 0 0 x *"], 11), (["n", "0-0 0"], 12), (["n", "0-0 0 0 x"], 13)] {
+        for id in 1..=3 {
+            join_all(nodes.each_ref().map(|node| node.value(id))).await;
+        }
+        let Value::Int(notices) = redis.command(&["XLEN", LOG]).await else { panic!("no length") };
+        (1..=3).for_each(|id| truth.set(id, value));
+        redis.command(&["XADD", LOG, "*", form[0], form[1]]).await;
+        heard(notices + 1).await;
+        assert_eq!(nodes[0].value(1).await, Some(value), "{form:?}: neither memory nor Redis is trusted");
+        assert_eq!(nodes[1].value(1).await, Some(value), "{form:?}");
+        let new = Node::hearing(&truth, &redis.url(), &[]).await;
+        assert_eq!(new.value(2).await, Some(value), "{form:?}: nor by one that comes later");
+        new.cache.expire(&[key(1)], BUDGET).await.unwrap();
+        heard(notices + 2).await;
+        let later = Node::hearing(&truth, &redis.url(), &[]).await;
+        assert_eq!(later.value(3).await, Some(value), "{form:?}: nor once the log goes on");
+    }
+}
+
+#[tokio::test]
 async fn notices_that_are_a_day_old_or_too_many_leave_the_log() {
     let redis = RedisServer::start().await;
     let truth = Truth::new(&[(1, 10)]);
@@ -364,10 +400,10 @@ async fn notices_that_are_a_day_old_or_too_many_leave_the_log() {
     end";
     for (age, settings, most) in [("old", &[][..], 100), ("new", &[("REDIS_LOG_MAX_LENGTH", "500")], 600)] {
         redis.command(&["FLUSHALL"]).await;
-        redis.command(&["EVAL", add, "1", "{product-cache}:log", age]).await;
+        redis.command(&["EVAL", add, "1", LOG, age]).await;
         let node = Node::hearing(&truth, &redis.url(), settings).await;
         node.cache.expire(&[key(1)], BUDGET).await.unwrap();
-        let Value::Int(left) = redis.command(&["XLEN", "{product-cache}:log"]).await else { panic!("no length") };
+        let Value::Int(left) = redis.command(&["XLEN", LOG]).await else { panic!("no length") };
         assert!((1..=most).contains(&left), "{age}: {left} of 1000");
     }
 }
@@ -496,7 +532,7 @@ async fn a_log_lost_while_nobody_heard_it_makes_what_is_in_redis_stale() {
         last.cache.expire_everything(BUDGET).await.unwrap();
         drop(last);
         truth.set(1, new);
-        redis.command(&["DEL", "{product-cache}:log"]).await;
+        redis.command(&["DEL", LOG]).await;
         let node = Node::new(&truth, Some(&redis.url()), &[]);
         if first_notice {
             node.cache.expire(&[key(2)], BUDGET).await.unwrap(); // maybe before it hears
@@ -531,8 +567,8 @@ async fn somebody_elses_value_under_our_name_stops_no_expiry_and_no_read() {
     let other = Node::hearing(&truth, &redis.url(), &[]).await;
     assert_eq!(other.read(1).await.how().level, Level::Redis, "the name is ours again");
 
-    redis.command(&["DEL", "{product-cache}:log"]).await;
-    redis.command(&["SET", "{product-cache}:log", "foreign"]).await;
+    redis.command(&["DEL", LOG]).await;
+    redis.command(&["SET", LOG, "foreign"]).await;
     truth.set(1, 11);
     node.cache.expire(&[key(1)], BUDGET).await.unwrap();
     eventually("it is heard again", async || (other.value(1).await == Some(11)).then_some(())).await;

@@ -37,7 +37,7 @@ pub(super) async fn warm(bench: &mut Bench) -> Result<()> {
                 let reference = ceiling(&bodies, workers, places)?;
                 let side = |server, requests| Side { server, connections: CONNECTIONS, requests, order: Order::Zipf };
                 let (ours, theirs) = (side(&server, &requests), side(&reference, &constant));
-                rounds.extend(turns(bench, rounds_each, ours, theirs).await?);
+                rounds.extend(turns(bench, 0..rounds_each, ours, theirs).await?);
             }
             let name = format!("warm hit, {}, {workers} worker{}", size.name(), if workers == 1 { "" } else { "s" });
             let (name, reference, throughput, cpu) = match (count, places) {
@@ -67,7 +67,7 @@ pub(super) async fn not_modified(bench: &mut Bench) -> Result<()> {
         .collect();
     let ours = Side { server: &server, connections: CONNECTIONS, requests: &conditional, order: Order::Zipf };
     let theirs = Side { server: &server, connections: CONNECTIONS, requests: &requests, order: Order::Zipf };
-    let rounds = turns(bench, bench.rounds(), ours, theirs).await?;
+    let rounds = turns(bench, 0..bench.rounds(), ours, theirs).await?;
     let (faster, cheaper) = (Bound::AtLeast(1.0), Bound::AtMost(1.0));
     bench.add_both("304 on a warm hit, 3.4kB", "the 200", faster, cheaper, &rounds);
     Ok(())

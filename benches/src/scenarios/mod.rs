@@ -11,6 +11,7 @@ mod neighbours;
 mod scale;
 
 use std::{
+    ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -107,7 +108,12 @@ struct Side<'a> {
 const TURNS: usize = 10;
 
 /// Asks both in turns, for this many rounds.
-async fn turns(bench: &Bench, rounds: usize, ours: Side<'_>, theirs: Side<'_>) -> Result<Vec<(Outcome, Outcome)>> {
+async fn turns(
+    bench: &Bench,
+    rounds: Range<usize>,
+    ours: Side<'_>,
+    theirs: Side<'_>,
+) -> Result<Vec<(Outcome, Outcome)>> {
     let _one_core = OneCore::keep(&[ours.server, theirs.server]);
     let sides =
         [(&ours, load::picks(ours.order, ours.requests)?), (&theirs, load::picks(theirs.order, theirs.requests)?)];
@@ -120,7 +126,7 @@ async fn turns(bench: &Bench, rounds: usize, ours: Side<'_>, theirs: Side<'_>) -
         ask(index, 0, bench.time() / 2).await?; // caches of the processor, branch predictors, page tables
     }
     let mut found = Vec::new();
-    for round in 0..rounds {
+    for round in rounds {
         let turn = async |index, turn| ask(index, round * TURNS + turn, bench.time() / TURNS as u32).await;
         found.push(one_round(turn).await?);
     }
@@ -231,7 +237,7 @@ async fn status(connection: &mut Connection) -> Result<serde_json::Value> {
 }
 
 /// Makes a handler remember these products (counted from the first).
-async fn fill(server: &Server, range: std::ops::Range<i64>, bodies: &Bodies) -> Result<()> {
+async fn fill(server: &Server, range: Range<i64>, bodies: &Bodies) -> Result<()> {
     // A thousand batches at a time: their bodies are all in memory meanwhile.
     for start in range.clone().step_by(100_000) {
         let part = start..(start + 100_000).min(range.end);

@@ -31,7 +31,7 @@ async fn compare(
     load::all_once(&theirs, 8, &any).await?;
     let ours = Side { server: &server, connections: CONNECTIONS, requests: &hits, order: Order::Zipf };
     let theirs = Side { server: &theirs, connections: CONNECTIONS, requests: &any, order: Order::Zipf };
-    let rounds = turns(bench, bench.rounds(), ours, theirs).await?;
+    let rounds = turns(bench, 0..bench.rounds(), ours, theirs).await?;
     let [throughput, cpu] = bounds;
     bench.add_both(name, reference, throughput, cpu, &rounds);
     Ok(())
