@@ -2,7 +2,7 @@
 //!
 //! A notice is one field `n` (each costs all readers): the id of the notice before, the floor (see [`Floor`]:
 //! milliseconds, generation), the author, and the keys, or `*` for all, with spaces between. A later form takes another
-//! name; what has none that is known is about everything. Invariant (C5): a reader either hears every notice after its
+//! name: for whoever does not know it, it is about everything. Invariant (C5): a reader either hears every notice after its
 //! position or is told that it may have missed some; the id of the one before shows a trimmed, emptied or older log alike.
 
 use std::{
@@ -103,9 +103,12 @@ impl Floor {
 }
 
 /// One read of the log.
+#[derive(Default)]
 pub(super) struct Heard {
     pub(super) news: Vec<News>,
     pub(super) floor: Floor,
+    /// The part of it that notices say themselves: whoever raised it so high has made what is in Redis stale for all.
+    pub(super) said: Floor,
     /// Nothing more was in the log when this read was sent.
     pub(super) caught_up: bool,
     /// Redis' time right after this read was sent, if it was wanted (microseconds).
@@ -275,6 +278,13 @@ struct Notice {
     scope: Scope,
 }
 
+impl Notice {
+    /// The floor, if it is the notice that says it.
+    fn said(&self) -> Floor {
+        if self.previous.is_some() { self.floor } else { Floor::default() }
+    }
+}
+
 /// Reads the log from a position, over the log's own connection.
 pub(super) struct Reader<'a> {
     log: &'a Log,
@@ -304,7 +314,7 @@ impl Reader<'_> {
             return Ok(Heard { redis_us, ..self.check_tail(position, known).await? });
         }
         let caught_up = entries.len() < PAGE;
-        let mut heard = Heard { news: Vec::new(), floor: Floor::default(), caught_up, redis_us };
+        let mut heard = Heard { caught_up, redis_us, ..Heard::default() };
         let mut last = position;
         for entry in entries {
             let notice = self.log.notice(entry)?;
@@ -313,6 +323,8 @@ impl Reader<'_> {
                 Some(Ordering::Less) => heard.news.push(News::Reset),
                 Some(Ordering::Equal) | None => {}
             }
+            heard.floor = heard.floor.or_higher(notice.floor);
+            heard.said = heard.said.or_higher(notice.said());
             let mut own = self.log.own();
             if !own.hear(notice.position) {
                 own.unheard.clear();
@@ -324,7 +336,6 @@ impl Reader<'_> {
             if !notice.own || notice.scope == Scope::Everything {
                 heard.news.push(News::Expired(notice.scope));
             }
-            heard.floor = heard.floor.or_higher(notice.floor);
             last = notice.position;
         }
         self.position = Some(last);
@@ -340,11 +351,11 @@ impl Reader<'_> {
                 self.start(News::Reset, known).await
             }
             Some(tail) if tail.position == position => {
-                Ok(Heard { news: Vec::new(), floor: tail.floor, caught_up: true, redis_us: None })
+                Ok(Heard { floor: tail.floor, said: tail.said(), caught_up: true, ..Heard::default() })
             }
             Some(tail) if tail.position > position => {
                 // It came since; the next read returns it.
-                Ok(Heard { news: Vec::new(), floor: tail.floor, caught_up: false, redis_us: None })
+                Ok(Heard { floor: tail.floor, said: tail.said(), ..Heard::default() })
             }
             _ => self.start(News::Reset, known).await,
         }
@@ -368,7 +379,7 @@ impl Reader<'_> {
         own.unheard.retain(|notice| *notice > tail.position && !before.contains(notice));
         own.heard = tail.position;
         drop(own);
-        Ok(Heard { news: vec![why], floor: tail.floor, caught_up: true, redis_us })
+        Ok(Heard { news: vec![why], floor: tail.floor, said: tail.said(), caught_up: true, redis_us })
     }
 }
 

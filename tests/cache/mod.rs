@@ -360,7 +360,10 @@ async fn a_log_trimmed_past_an_instance_or_lost_makes_all_its_memory_stale() {
 async fn a_notice_of_another_form_is_about_everything_and_nobody_answers_it() {
     let redis = RedisServer::start().await;
     let truth = Truth::new(&[(1, 10), (2, 20), (3, 30)]);
-    let nodes = [Node::hearing(&truth, &redis.url(), &[]).await, Node::hearing(&truth, &redis.url(), &[]).await];
+    // A late answer would be asked for again, and an expiry appended twice.
+    let settings = [("REDIS_RESPONSE_TIMEOUT_MS", "5000"), ("REQUEST_TIMEOUT_MS", "60000")];
+    let hearing = async || Node::hearing(&truth, &redis.url(), &settings).await;
+    let nodes = [hearing().await, hearing().await];
     let heard = async |notices: i64| {
         let last = redis.command(&["XREVRANGE", LOG, "+", "-", "COUNT", "1"]).await;
         let last: Vec<(String, Vec<String>)> = redis::from_redis_value(last).unwrap();
@@ -381,13 +384,32 @@ async fn a_notice_of_another_form_is_about_everything_and_nobody_answers_it() {
         heard(notices + 1).await;
         assert_eq!(nodes[0].value(1).await, Some(value), "{form:?}: neither memory nor Redis is trusted");
         assert_eq!(nodes[1].value(1).await, Some(value), "{form:?}");
-        let new = Node::hearing(&truth, &redis.url(), &[]).await;
+        let new = hearing().await;
         assert_eq!(new.value(2).await, Some(value), "{form:?}: nor by one that comes later");
         new.cache.expire(&[key(1)], BUDGET).await.unwrap();
         heard(notices + 2).await;
-        let later = Node::hearing(&truth, &redis.url(), &[]).await;
+        let later = hearing().await;
         assert_eq!(later.value(3).await, Some(value), "{form:?}: nor once the log goes on");
     }
+}
+
+#[tokio::test]
+async fn a_reset_is_answered_though_a_notice_of_another_form_follows_it() {
+    let redis = RedisServer::start().await;
+    let proxy = Proxy::start(redis.port).await;
+    let _node = Node::hearing(&Truth::new(&[]), &proxy.redis_url(), &[]).await;
+    proxy.set(Fault::Refuse);
+    redis.command(&["DEL", LOG]).await;
+    for (field, text) in [("n", "0-0 0 0 nobody thing:9"), ("p", "0-0")] {
+        redis.command(&["XADD", LOG, "*", field, text]).await;
+    }
+    proxy.set(Fault::None);
+    eventually("everything in Redis is made stale", async || {
+        let last = redis.command(&["XREVRANGE", LOG, "+", "-", "COUNT", "1"]).await;
+        let last: Vec<(String, Vec<String>)> = redis::from_redis_value(last).unwrap();
+        last[0].1[1].ends_with(" *").then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]
