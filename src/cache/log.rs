@@ -1,9 +1,10 @@
 //! The invalidation log: one Redis Stream that tells every instance which keys were expired, in order, without gaps.
 //!
-//! A notice is one field `n` (each costs all readers): the id of the notice before, the floor (see [`Floor`]:
-//! milliseconds, generation), the author, and the keys, or `*` for all, with spaces between. A later form takes another
-//! name: for whoever does not know it, it is about everything. Invariant (C5): a reader either hears every notice after its
-//! position or is told that it may have missed some; the id of the one before shows a trimmed, emptied or older log alike.
+//! A notice is one field `n`, as every field is sent to every reader: the id of the notice before, the floor (see
+//! [`Floor`]: milliseconds, generation), the author, and the keys, or `*` for all, with spaces between. A later form takes
+//! another name: for whoever does not know it, it is about everything. Invariant (C5): a reader either hears every notice
+//! after its position or is told that it may have missed some; the id of the one before shows a trimmed, emptied or older
+//! log alike.
 
 use std::{
     cmp::Ordering,
