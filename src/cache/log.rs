@@ -108,8 +108,8 @@ impl Floor {
 pub(super) struct Heard {
     pub(super) news: Vec<News>,
     pub(super) floor: Floor,
-    /// The part of it that notices say themselves: whoever raised it so high has made what is in Redis stale for all.
-    pub(super) said: Floor,
+    /// As high as notices say themselves (its milliseconds): whoever raised it so far made what is in Redis stale for all.
+    pub(super) said_ms: u64,
     /// Nothing more was in the log when this read was sent.
     pub(super) caught_up: bool,
     /// Redis' time right after this read was sent, if it was wanted (microseconds).
@@ -280,9 +280,9 @@ struct Notice {
 }
 
 impl Notice {
-    /// The floor, if it is the notice that says it.
-    fn said(&self) -> Floor {
-        if self.previous.is_some() { self.floor } else { Floor::default() }
+    /// The floor's milliseconds, if it is the notice that says them.
+    fn said_ms(&self) -> u64 {
+        if self.previous.is_some() { self.floor.ms } else { 0 }
     }
 }
 
@@ -325,7 +325,7 @@ impl Reader<'_> {
                 Some(Ordering::Equal) | None => {}
             }
             heard.floor = heard.floor.or_higher(notice.floor);
-            heard.said = heard.said.or_higher(notice.said());
+            heard.said_ms = heard.said_ms.max(notice.said_ms());
             let mut own = self.log.own();
             if !own.hear(notice.position) {
                 own.unheard.clear();
@@ -352,11 +352,11 @@ impl Reader<'_> {
                 self.start(News::Reset, known).await
             }
             Some(tail) if tail.position == position => {
-                Ok(Heard { floor: tail.floor, said: tail.said(), caught_up: true, ..Heard::default() })
+                Ok(Heard { floor: tail.floor, said_ms: tail.said_ms(), caught_up: true, ..Heard::default() })
             }
             Some(tail) if tail.position > position => {
                 // It came since; the next read returns it.
-                Ok(Heard { floor: tail.floor, said: tail.said(), ..Heard::default() })
+                Ok(Heard { floor: tail.floor, said_ms: tail.said_ms(), ..Heard::default() })
             }
             _ => self.start(News::Reset, known).await,
         }
@@ -380,7 +380,7 @@ impl Reader<'_> {
         own.unheard.retain(|notice| *notice > tail.position && !before.contains(notice));
         own.heard = tail.position;
         drop(own);
-        Ok(Heard { news: vec![why], floor: tail.floor, said: tail.said(), caught_up: true, redis_us })
+        Ok(Heard { news: vec![why], floor: tail.floor, said_ms: tail.said_ms(), caught_up: true, redis_us })
     }
 }
 

@@ -581,7 +581,7 @@ async fn listen(cache: Arc<Inner>) {
                     tracing::warn!("redis: the invalidation log was lost or went back; everything is stale");
                     // Redis may be an older copy of itself: nothing in it is trusted until the floor is raised, which
                     // another instance may have done since.
-                    if heard.said.ms <= known.ms {
+                    if heard.said_ms <= known.ms {
                         cache.queue.add(&Scope::Everything);
                     }
                     cache.memory.expire_everything();

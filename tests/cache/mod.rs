@@ -356,6 +356,13 @@ async fn a_log_trimmed_past_an_instance_or_lost_makes_all_its_memory_stale() {
     }
 }
 
+/// The id of the log's last notice, and what it says.
+async fn last_notice(redis: &RedisServer) -> (String, String) {
+    let last = redis.command(&["XREVRANGE", LOG, "+", "-", "COUNT", "1"]).await;
+    let [(id, [_, text])]: [(String, [String; 2]); 1] = redis::from_redis_value(last).unwrap();
+    (id, text)
+}
+
 #[tokio::test]
 async fn a_notice_of_another_form_is_about_everything_and_nobody_answers_it() {
     let redis = RedisServer::start().await;
@@ -365,11 +372,10 @@ async fn a_notice_of_another_form_is_about_everything_and_nobody_answers_it() {
     let hearing = async || Node::hearing(&truth, &redis.url(), &settings).await;
     let nodes = [hearing().await, hearing().await];
     let heard = async |notices: i64| {
-        let last = redis.command(&["XREVRANGE", LOG, "+", "-", "COUNT", "1"]).await;
-        let last: Vec<(String, Vec<String>)> = redis::from_redis_value(last).unwrap();
+        let (last, _) = last_notice(&redis).await;
         eventually("both hear it", async || {
             let positions = nodes.each_ref().map(|node| node.cache.status().log_position.unwrap().to_string());
-            positions.iter().all(|position| *position == last[0].0).then_some(())
+            positions.iter().all(|position| *position == last).then_some(())
         })
         .await;
         assert_eq!(redis.command(&["XLEN", LOG]).await, Value::Int(notices));
@@ -404,12 +410,8 @@ async fn a_reset_is_answered_though_a_notice_of_another_form_follows_it() {
         redis.command(&["XADD", LOG, "*", field, text]).await;
     }
     proxy.set(Fault::None);
-    eventually("everything in Redis is made stale", async || {
-        let last = redis.command(&["XREVRANGE", LOG, "+", "-", "COUNT", "1"]).await;
-        let last: Vec<(String, Vec<String>)> = redis::from_redis_value(last).unwrap();
-        last[0].1[1].ends_with(" *").then_some(())
-    })
-    .await;
+    eventually("everything in Redis is made stale", async || last_notice(&redis).await.1.ends_with(" *").then_some(()))
+        .await;
 }
 
 #[tokio::test]

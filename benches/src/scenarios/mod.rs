@@ -107,7 +107,7 @@ struct Side<'a> {
 /// In how many turns a round is measured: what else a shared machine does lasts longer than one, and so meets both sides.
 const TURNS: usize = 10;
 
-/// Asks both in turns, for this many rounds.
+/// Asks both in turns, for these rounds; what is asked for depends on the round.
 async fn turns(
     bench: &Bench,
     rounds: Range<usize>,
