@@ -12,6 +12,8 @@ use std::{
     time::Duration,
 };
 
+use tokio::task::{AbortHandle, yield_now};
+
 use crate::Result;
 
 /// How long a server may take to listen on a small, busy machine.
@@ -114,27 +116,54 @@ impl Server {
     }
 }
 
-/// Keeps generator and servers on one core while it lives, if the servers have one worker each. Left alone, Linux moves
-/// them together and apart, and apart each answer wakes another core, which costs more than the answer on many virtual
-/// machines. Without effect where there is no `taskset`.
-pub struct OneCore(());
+/// Which cores generator and servers have while this lives, if the servers have one worker each: left alone, Linux moves
+/// them together and apart. Without effect where there is no `taskset`.
+pub struct Cores {
+    awake: Option<AbortHandle>,
+}
 
-impl OneCore {
-    /// The last core, as the first often has the interrupts.
-    pub fn keep(servers: &[&Server]) -> Self {
-        if servers.iter().all(|server| server.workers == 1) {
+impl Cores {
+    /// The servers have the last core (the first often has the interrupts) for themselves. The generator has the one
+    /// before it and never sleeps, so no answer has to wake it. For servers that ask nobody else: what limits is then the
+    /// server alone. On a core that both share, the kernel interrupts the server whenever an answer wakes the generator,
+    /// the more often the more the server works, and each interruption costs both.
+    pub fn apart(servers: &[&Server]) -> Self {
+        let last = cores() - 1;
+        if last == 0 || !have_one_worker(servers) {
+            return Self::shared(servers);
+        }
+        servers.iter().for_each(|server| pin(server.pid(), last, last));
+        pin(std::process::id(), last - 1, last - 1);
+        let stay_awake = async {
+            loop {
+                yield_now().await;
+            }
+        };
+        Self { awake: Some(tokio::spawn(stay_awake).abort_handle()) }
+    }
+
+    /// Generator and servers share the last core; whom the servers ask has the others.
+    pub fn shared(servers: &[&Server]) -> Self {
+        if have_one_worker(servers) {
             let last = cores() - 1;
             servers.iter().for_each(|server| pin(server.pid(), last, last));
             pin(std::process::id(), last, last);
         }
-        Self(())
+        Self { awake: None }
     }
 }
 
-impl Drop for OneCore {
+impl Drop for Cores {
     fn drop(&mut self) {
+        if let Some(awake) = &self.awake {
+            awake.abort();
+        }
         pin(std::process::id(), 0, cores() - 1);
     }
+}
+
+fn have_one_worker(servers: &[&Server]) -> bool {
+    servers.iter().all(|server| server.workers == 1)
 }
 
 fn cores() -> usize {

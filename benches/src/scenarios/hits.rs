@@ -10,7 +10,7 @@ use crate::{
     Result,
     catalogue::{Bodies, FIRST, Rows, Size},
     load::{self, Connection, Order, Request},
-    process::{OneCore, Server},
+    process::{Cores, Server},
     report::{Bound, median},
     servers::redis::RedisServer,
 };
@@ -37,7 +37,7 @@ pub(super) async fn warm(bench: &mut Bench) -> Result<()> {
                 let reference = ceiling(&bodies, workers, places)?;
                 let side = |server, requests| Side { server, connections: CONNECTIONS, requests, order: Order::Zipf };
                 let (ours, theirs) = (side(&server, &requests), side(&reference, &constant));
-                rounds.extend(turns(bench, 0..rounds_each, ours, theirs).await?);
+                rounds.extend(turns(bench, Cores::apart, 0..rounds_each, ours, theirs).await?);
             }
             let name = format!("warm hit, {}, {workers} worker{}", size.name(), if workers == 1 { "" } else { "s" });
             let (name, reference, throughput, cpu) = match (count, places) {
@@ -67,7 +67,7 @@ pub(super) async fn not_modified(bench: &mut Bench) -> Result<()> {
         .collect();
     let ours = Side { server: &server, connections: CONNECTIONS, requests: &conditional, order: Order::Zipf };
     let theirs = Side { server: &server, connections: CONNECTIONS, requests: &requests, order: Order::Zipf };
-    let rounds = turns(bench, 0..bench.rounds(), ours, theirs).await?;
+    let rounds = turns(bench, Cores::apart, 0..bench.rounds(), ours, theirs).await?;
     let (faster, cheaper) = (Bound::AtLeast(1.0), Bound::AtMost(1.0));
     bench.add_both("304 on a warm hit, 3.4kB", "the 200", faster, cheaper, &rounds);
     Ok(())
@@ -109,7 +109,7 @@ pub(super) async fn l2(bench: &mut Bench) -> Result<()> {
         let server = handler(settings_of_full_memory(catalogue.url(), Some(redis.url()))).await?;
         let settings = vec![("HTTP_WORKERS", "1".to_owned()), ("REDIS_URL", redis.url())];
         let reference = Server::start("redis_ceiling", settings)?;
-        let _one_core = OneCore::keep(&[&server, &reference]);
+        let _cores = Cores::shared(&[&server, &reference]);
         for (round, range) in ranges.by_ref().take(rounds_each + 1).enumerate() {
             let requests = |cache_status| load::products(range.clone(), &bodies, cache_status);
             let (ours, theirs) = (requests("L2; hit"), requests(""));

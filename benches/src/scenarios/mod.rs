@@ -24,7 +24,7 @@ use crate::{
     Result,
     catalogue::{self, Bodies, Rows, Size},
     load::{self, Connection, Order, Outcome, Request},
-    process::{OneCore, Server, Settings},
+    process::{Cores, Server, Settings},
     report::{Bound, Report},
 };
 
@@ -107,14 +107,16 @@ struct Side<'a> {
 /// In how many turns a round is measured: what else a shared machine does lasts longer than one, and so meets both sides.
 const TURNS: usize = 10;
 
-/// Asks both in turns, for these rounds; what is asked for depends on the round.
+/// Asks both in turns, for these rounds, with generator and servers placed on cores; what is asked for depends on the
+/// round.
 async fn turns(
     bench: &Bench,
+    place: fn(&[&Server]) -> Cores,
     rounds: Range<usize>,
     ours: Side<'_>,
     theirs: Side<'_>,
 ) -> Result<Vec<(Outcome, Outcome)>> {
-    let _one_core = OneCore::keep(&[ours.server, theirs.server]);
+    let _cores = place(&[ours.server, theirs.server]);
     let sides =
         [(&ours, load::picks(ours.order, ours.requests)?), (&theirs, load::picks(theirs.order, theirs.requests)?)];
     let ask = async |index: usize, turn: usize, time: Duration| {

@@ -7,7 +7,7 @@ use crate::{
     Result,
     catalogue::{Bodies, Rows, Size},
     load::{self, Order},
-    process::Server,
+    process::{Cores, Server},
     report::Bound,
     servers::redis::RedisServer,
 };
@@ -19,6 +19,7 @@ async fn compare(
     bench: &mut Bench,
     name: &str,
     reference: &str,
+    place: fn(&[&Server]) -> Cores,
     start: impl Fn(&Catalogue, &RedisServer) -> Result<Server>,
     bounds: [Bound; 2],
 ) -> Result<()> {
@@ -31,7 +32,7 @@ async fn compare(
     load::all_once(&theirs, 8, &any).await?;
     let ours = Side { server: &server, connections: CONNECTIONS, requests: &hits, order: Order::Zipf };
     let theirs = Side { server: &theirs, connections: CONNECTIONS, requests: &any, order: Order::Zipf };
-    let rounds = turns(bench, 0..bench.rounds(), ours, theirs).await?;
+    let rounds = turns(bench, place, 0..bench.rounds(), ours, theirs).await?;
     let [throughput, cpu] = bounds;
     bench.add_both(name, reference, throughput, cpu, &rounds);
     Ok(())
@@ -52,7 +53,7 @@ pub(super) async fn cache_aside(bench: &mut Bench) -> Result<()> {
             Server::start("cache_aside", settings)
         };
         let name = format!("warm hit against cache-aside ({client})");
-        compare(bench, &name, reference, start, [Bound::None, Bound::None]).await?;
+        compare(bench, &name, reference, Cores::shared, start, [Bound::None, Bound::None]).await?;
     }
     Ok(())
 }
@@ -71,5 +72,5 @@ pub(super) async fn bentocache(bench: &mut Bench) -> Result<()> {
         Server::start_program(&[PathBuf::from("node"), folder.join("server.mjs")], settings)
     };
     let bounds = [Bound::AtLeast(4.5), Bound::AtMost(0.25)];
-    compare(bench, "warm hit against BentoCache", "BentoCache", start, bounds).await
+    compare(bench, "warm hit against BentoCache", "BentoCache", Cores::apart, start, bounds).await
 }

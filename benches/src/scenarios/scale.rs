@@ -14,7 +14,7 @@ use crate::{
     Result,
     catalogue::{Bodies, FIRST, Rows, Size},
     load::{self, Connection, Order, Outcome},
-    process::{Server, built, command, folder},
+    process::{Cores, Server, built, command, folder},
     report::{Bound, median},
     servers::redis::RedisServer,
 };
@@ -61,7 +61,7 @@ pub(super) async fn growth(bench: &mut Bench) -> Result<()> {
     for round in 0..bench.rounds() {
         for (servers, grown) in [(&ours, &mut grown), (&theirs, &mut ceiling_grown)] {
             let [full, few] = [0, 1].map(|index| side((&servers[index].0, &servers[index].1)));
-            grown.extend(turns(bench, round..round + 1, full, few).await?);
+            grown.extend(turns(bench, Cores::apart, round..round + 1, full, few).await?);
         }
     }
     drop((ours, theirs));
