@@ -24,7 +24,6 @@ pub struct Server {
     child: Child,
     /// Where it listens, on 127.0.0.1.
     pub port: u16,
-    workers: usize,
     _folder: tempfile::TempDir,
 }
 
@@ -84,9 +83,7 @@ impl Server {
                 }
             }
         });
-        let workers = settings.iter().find(|(name, _)| *name == "HTTP_WORKERS");
-        let workers = workers.and_then(|(_, workers)| workers.parse().ok()).unwrap_or(1);
-        let mut server = Self { child, port: 0, workers, _folder: folder };
+        let mut server = Self { child, port: 0, _folder: folder };
         server.port = announced.recv_timeout(PATIENCE).map_err(|_| format!("{name} does not listen"))?;
         Ok(server)
     }
@@ -116,54 +113,36 @@ impl Server {
     }
 }
 
-/// Which cores generator and servers have while this lives, if the servers have one worker each: left alone, Linux moves
-/// them together and apart. Without effect where there is no `taskset`.
+/// Which cores generator and servers have while this lives. Without effect where there is no `taskset`, or one core.
 pub struct Cores {
-    awake: Option<AbortHandle>,
+    awake: AbortHandle,
 }
 
 impl Cores {
-    /// The servers have the last core (the first often has the interrupts) for themselves. The generator has the one
-    /// before it and never sleeps, so no answer has to wake it. For servers that ask nobody else: what limits is then the
-    /// server alone. On a core that both share, the kernel interrupts the server whenever an answer wakes the generator,
-    /// the more often the more the server works, and each interruption costs both.
+    /// The servers, of one worker each, have the last core (the first often has the interrupts) for themselves. The
+    /// generator has the one before it and never sleeps, so no answer has to wake it. For servers that ask no other
+    /// process: what limits is then the server alone. On a core that both share, the kernel interrupts the server when
+    /// an answer wakes the generator, the more often the more the server works, and each interruption costs both.
     pub fn apart(servers: &[&Server]) -> Self {
         let last = cores() - 1;
-        if last == 0 || !have_one_worker(servers) {
-            return Self::shared(servers);
-        }
         servers.iter().for_each(|server| pin(server.pid(), last, last));
-        pin(std::process::id(), last - 1, last - 1);
-        let stay_awake = async {
-            loop {
-                yield_now().await;
+        pin(std::process::id(), 0, last.saturating_sub(1));
+        let stay_awake = async move {
+            if last > 0 {
+                loop {
+                    yield_now().await;
+                }
             }
         };
-        Self { awake: Some(tokio::spawn(stay_awake).abort_handle()) }
-    }
-
-    /// Generator and servers share the last core; whom the servers ask has the others.
-    pub fn shared(servers: &[&Server]) -> Self {
-        if have_one_worker(servers) {
-            let last = cores() - 1;
-            servers.iter().for_each(|server| pin(server.pid(), last, last));
-            pin(std::process::id(), last, last);
-        }
-        Self { awake: None }
+        Self { awake: tokio::spawn(stay_awake).abort_handle() }
     }
 }
 
 impl Drop for Cores {
     fn drop(&mut self) {
-        if let Some(awake) = &self.awake {
-            awake.abort();
-        }
+        self.awake.abort();
         pin(std::process::id(), 0, cores() - 1);
     }
-}
-
-fn have_one_worker(servers: &[&Server]) -> bool {
-    servers.iter().all(|server| server.workers == 1)
 }
 
 fn cores() -> usize {

@@ -35,9 +35,10 @@ pub(super) async fn warm(bench: &mut Bench) -> Result<()> {
                 let server = handler(settings(catalogue.url(), Some(redis.url()), workers)).await?;
                 fill(&server, 0..count, &bodies).await?;
                 let reference = ceiling(&bodies, workers, places)?;
+                let _cores = (workers == 1).then(|| Cores::apart(&[&server, &reference]));
                 let side = |server, requests| Side { server, connections: CONNECTIONS, requests, order: Order::Zipf };
                 let (ours, theirs) = (side(&server, &requests), side(&reference, &constant));
-                rounds.extend(turns(bench, Cores::apart, 0..rounds_each, ours, theirs).await?);
+                rounds.extend(turns(bench, 0..rounds_each, ours, theirs).await?);
             }
             let name = format!("warm hit, {}, {workers} worker{}", size.name(), if workers == 1 { "" } else { "s" });
             let (name, reference, throughput, cpu) = match (count, places) {
@@ -65,9 +66,10 @@ pub(super) async fn not_modified(bench: &mut Bench) -> Result<()> {
             Request::get(&load::target(FIRST + n), &header, 304, b"", "L1; hit")
         })
         .collect();
+    let _cores = Cores::apart(&[&server]);
     let ours = Side { server: &server, connections: CONNECTIONS, requests: &conditional, order: Order::Zipf };
     let theirs = Side { server: &server, connections: CONNECTIONS, requests: &requests, order: Order::Zipf };
-    let rounds = turns(bench, Cores::apart, 0..bench.rounds(), ours, theirs).await?;
+    let rounds = turns(bench, 0..bench.rounds(), ours, theirs).await?;
     let (faster, cheaper) = (Bound::AtLeast(1.0), Bound::AtMost(1.0));
     bench.add_both("304 on a warm hit, 3.4kB", "the 200", faster, cheaper, &rounds);
     Ok(())
@@ -109,7 +111,6 @@ pub(super) async fn l2(bench: &mut Bench) -> Result<()> {
         let server = handler(settings_of_full_memory(catalogue.url(), Some(redis.url()))).await?;
         let settings = vec![("HTTP_WORKERS", "1".to_owned()), ("REDIS_URL", redis.url())];
         let reference = Server::start("redis_ceiling", settings)?;
-        let _cores = Cores::shared(&[&server, &reference]);
         for (round, range) in ranges.by_ref().take(rounds_each + 1).enumerate() {
             let requests = |cache_status| load::products(range.clone(), &bodies, cache_status);
             let (ours, theirs) = (requests("L2; hit"), requests(""));

@@ -10,7 +10,7 @@ use crate::{
     Result,
     catalogue::{self, Bodies, Rows, Size},
     load::{self, Connection, Outcome, Request},
-    process::{Cores, Server},
+    process::Server,
     report::Bound,
     servers::{Postgres, redis::RedisServer},
 };
@@ -36,7 +36,6 @@ pub(super) async fn miss(bench: &mut Bench) -> Result<()> {
         let server = handler(settings_of_full_memory(url.clone(), redis)).await?;
         let reference = Server::start("bare_query", settings(url, None, 1))?;
         let mut rounds = Vec::new();
-        let _cores = Cores::shared(&[&server, &reference]);
         for round in 0..=bench.rounds() as i64 {
             // Each has products of its own: whoever came second would find the first one's rows in the database's memory.
             let (start, middle, end) =

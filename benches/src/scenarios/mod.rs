@@ -1,8 +1,8 @@
 //! The scenarios: what is measured, against what, and what it should reach.
 //!
 //! Each starts its own servers and stops them. Invariant: what is compared is measured in short turns (A B, B A, …), with
-//! the same workers, bodies of the same size and the same number of connections. Throughput is of server and generator
-//! together where they share a core; processor time is the server's alone.
+//! the same workers, bodies of the same size and the same number of connections. For hits in memory, servers of one worker
+//! have a core to themselves ([`crate::process::Cores`]); where others take part, Linux places them all.
 
 mod hits;
 mod invalidation;
@@ -24,7 +24,7 @@ use crate::{
     Result,
     catalogue::{self, Bodies, Rows, Size},
     load::{self, Connection, Order, Outcome, Request},
-    process::{Cores, Server, Settings},
+    process::{Server, Settings},
     report::{Bound, Report},
 };
 
@@ -107,16 +107,13 @@ struct Side<'a> {
 /// In how many turns a round is measured: what else a shared machine does lasts longer than one, and so meets both sides.
 const TURNS: usize = 10;
 
-/// Asks both in turns, for these rounds, with generator and servers placed on cores; what is asked for depends on the
-/// round.
+/// Asks both in turns, for these rounds; what is asked for depends on the round.
 async fn turns(
     bench: &Bench,
-    place: fn(&[&Server]) -> Cores,
     rounds: Range<usize>,
     ours: Side<'_>,
     theirs: Side<'_>,
 ) -> Result<Vec<(Outcome, Outcome)>> {
-    let _cores = place(&[ours.server, theirs.server]);
     let sides =
         [(&ours, load::picks(ours.order, ours.requests)?), (&theirs, load::picks(theirs.order, theirs.requests)?)];
     let ask = async |index: usize, turn: usize, time: Duration| {

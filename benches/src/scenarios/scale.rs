@@ -56,15 +56,17 @@ pub(super) async fn growth(bench: &mut Bench) -> Result<()> {
         ours.push((server, load::products(0..count, &bodies, "L1; hit")));
         theirs.push((ceiling(&bodies, 1, count)?, constant(&bodies, count)));
     }
+    let all: Vec<_> = ours.iter().chain(&theirs).map(|(server, _)| server).collect();
+    let cores = Cores::apart(&all);
     let side = |(server, requests)| Side { server, connections: 64, requests, order: Order::Uniform };
     let (mut grown, mut ceiling_grown) = (Vec::new(), Vec::new());
     for round in 0..bench.rounds() {
         for (servers, grown) in [(&ours, &mut grown), (&theirs, &mut ceiling_grown)] {
             let [full, few] = [0, 1].map(|index| side((&servers[index].0, &servers[index].1)));
-            grown.extend(turns(bench, Cores::apart, round..round + 1, full, few).await?);
+            grown.extend(turns(bench, round..round + 1, full, few).await?);
         }
     }
-    drop((ours, theirs));
+    drop((cores, ours, theirs));
     let growth = |(full, few): &(Outcome, Outcome)| full.cpu() / few.cpu();
     let both: Vec<_> = grown.iter().map(growth).zip(ceiling_grown.iter().map(growth)).collect();
     let (few_keys, few_bodies) = (format!("{FEW} keys"), format!("ceiling of {FEW}"));
