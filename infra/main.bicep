@@ -157,6 +157,8 @@ module redis 'modules/redis.bicep' = {
 
 // What the handler and the host are told on either plan. The host's SQL trigger reads Sql as well: the string is one
 // that Microsoft.Data.SqlClient and the handler both understand.
+// What the plan allows, so that the handler is told no more.
+var mostInstances = plan == 'premium' ? min(maximumInstanceCount, 100) : maximumInstanceCount
 var settings = [
   {
     name: 'Sql'
@@ -176,7 +178,7 @@ var settings = [
   }
   {
     name: 'MAX_INSTANCES'
-    value: string(maximumInstanceCount)
+    value: string(mostInstances)
   }
   {
     name: 'AzureWebJobsStorage__accountName'
@@ -215,7 +217,7 @@ module flex 'modules/app-flex.bicep' = if (plan == 'flex') {
     identityId: identity.outputs.id
     settings: settings
     packageContainer: storage.outputs.packageContainer
-    maximumInstanceCount: maximumInstanceCount
+    maximumInstanceCount: mostInstances
     instanceMemoryMB: instanceMemoryMB
     subnetId: privateNetwork ? network!.outputs.appSubnetId : ''
   }
@@ -231,7 +233,7 @@ module premium 'modules/app-premium.bicep' = if (plan == 'premium') {
     identityId: identity.outputs.id
     settings: settings
     packageUrl: packageUrl
-    maximumInstanceCount: maximumInstanceCount
+    maximumInstanceCount: mostInstances
     subnetId: privateNetwork ? network!.outputs.appSubnetId : ''
   }
 }

@@ -1,4 +1,4 @@
--- Product lookup: schema, change feed and seed catalogue for MySQL 8 and
+-- Product lookup: schema, change feed and seed catalogue for MySQL 8.0.22 and
 -- MariaDB 10.6 or later. Run it once, in the database it is meant for:
 --
 --   mysql --default-character-set=utf8mb4 DATABASE < sql/mysql.sql

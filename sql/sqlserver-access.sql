@@ -13,12 +13,26 @@ IF NOT EXISTS (SELECT 1 FROM sys.change_tracking_databases WHERE database_id = D
 IF NOT EXISTS (SELECT 1 FROM sys.change_tracking_tables WHERE object_id = OBJECT_ID(N'SalesLT.Product'))
   EXEC (N'ALTER TABLE SalesLT.Product ENABLE CHANGE_TRACKING WITH (TRACK_COLUMNS_UPDATED = OFF)');
 
--- All that the service needs, on this one table.
+-- All that the handler needs, on this one table.
 IF DATABASE_PRINCIPAL_ID(N'product_cache_reader') IS NULL
   CREATE ROLE product_cache_reader;
 GRANT SELECT, VIEW CHANGE TRACKING ON SalesLT.Product TO product_cache_reader;
 
--- Then one user, in that role.
+-- What the SQL trigger of Azure Functions needs besides: it keeps its state in tables
+-- that it makes in the schema az_func. That schema belongs to a role: a schema of dbo
+-- would lend its rights to what is made in it, and a user's would keep that user from
+-- being dropped. Where a trigger has made it already, the role may do as much there.
+IF DATABASE_PRINCIPAL_ID(N'product_cache_trigger') IS NULL
+  CREATE ROLE product_cache_trigger;
+GRANT CREATE TABLE TO product_cache_trigger;
+IF SCHEMA_ID(N'az_func') IS NULL
+  EXEC (N'CREATE SCHEMA az_func AUTHORIZATION product_cache_trigger');
+IF NOT EXISTS (SELECT 1 FROM sys.schemas
+               WHERE name = N'az_func' AND principal_id = DATABASE_PRINCIPAL_ID(N'product_cache_trigger'))
+  GRANT ALTER, SELECT, INSERT, UPDATE, DELETE ON SCHEMA::az_func TO product_cache_trigger;
+
+-- Then one user, in these roles: in the second only if the trigger feeds InvalidateCache,
+-- which reads the same connection string, and not where FEED_INTERVAL_MS takes its place.
 --
 -- A managed identity (Azure SQL; run as a Microsoft Entra administrator of the
 -- server). The name is the app's for a system-assigned identity, the identity's
@@ -26,6 +40,7 @@ GRANT SELECT, VIEW CHANGE TRACKING ON SalesLT.Product TO product_cache_reader;
 --
 --   CREATE USER [product-cache] FROM EXTERNAL PROVIDER;
 --   ALTER ROLE product_cache_reader ADD MEMBER [product-cache];
+--   ALTER ROLE product_cache_trigger ADD MEMBER [product-cache];
 --
 -- A password:
 --
@@ -33,13 +48,4 @@ GRANT SELECT, VIEW CHANGE TRACKING ON SalesLT.Product TO product_cache_reader;
 --   CREATE LOGIN product_cache WITH PASSWORD = '...';         -- SQL Server: in
 --   CREATE USER product_cache FOR LOGIN product_cache;        -- master, then here
 --   ALTER ROLE product_cache_reader ADD MEMBER product_cache;
---
--- The SQL trigger of Azure Functions keeps its own state in the database: tables
--- in a schema az_func, which it makes when it starts. If it feeds InvalidateCache,
--- the user in the connection string that function.json names needs that schema,
--- besides the role above. Made beforehand, it is all that user ever gets:
---
---   CREATE SCHEMA az_func AUTHORIZATION [product-cache];      -- in a batch of its own
---   GRANT CREATE TABLE TO [product-cache];                    -- in its own schemas
---
--- Without the trigger (FEED_INTERVAL_MS in its place) none of this is needed.
+--   ALTER ROLE product_cache_trigger ADD MEMBER product_cache;

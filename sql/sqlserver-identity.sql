@@ -19,15 +19,8 @@ BEGIN
   EXEC (@statement);
 END;
 
--- What the handler needs.
+-- What the handler needs, and what the SQL trigger needs besides.
 SET @statement = N'ALTER ROLE product_cache_reader ADD MEMBER ' + @user;
 EXEC (@statement);
-
--- What the SQL trigger needs besides: tables of its own, in a schema of its own.
-IF SCHEMA_ID(N'az_func') IS NULL
-BEGIN
-  SET @statement = N'CREATE SCHEMA az_func AUTHORIZATION ' + @user;
-  EXEC (@statement);
-END;
-SET @statement = N'GRANT CREATE TABLE TO ' + @user;
+SET @statement = N'ALTER ROLE product_cache_trigger ADD MEMBER ' + @user;
 EXEC (@statement);

@@ -53,7 +53,6 @@ var identities = {
     '${identityId}': {}
   }
 }
-var scale = min(maximumInstanceCount, 100)
 
 resource plan 'Microsoft.Web/serverfarms@2024-11-01' = {
   name: 'plan-${name}'
@@ -66,7 +65,7 @@ resource plan 'Microsoft.Web/serverfarms@2024-11-01' = {
   }
   properties: {
     reserved: true
-    maximumElasticWorkerCount: scale
+    maximumElasticWorkerCount: maximumInstanceCount
   }
 }
 
@@ -89,7 +88,7 @@ resource app 'Microsoft.Web/sites@2024-11-01' = {
       ftpsState: 'Disabled'
       http20Enabled: true
       minimumElasticInstanceCount: 1
-      functionAppScaleLimit: scale
+      functionAppScaleLimit: maximumInstanceCount
       functionsRuntimeScaleMonitoringEnabled: true
       appSettings: concat(settings, planSettings, packageSettings)
     }

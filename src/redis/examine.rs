@@ -148,7 +148,7 @@ async fn rights(connection: &mut MultiplexedConnection, config: &config::Redis) 
         None => Finding::ok("every command that is needed is allowed"),
         Some(first) => Finding::fail(
             format!("{} of {} commands failed, the first with: {first}", refused.len(), commands.len()),
-            "grant the rights that docs/redis.md lists; Azure's access policy must be Data Owner or Data Contributor",
+            "grant the rights that docs/redis.md lists; the access policy is `default` on Azure Managed Redis, Data Owner or Data Contributor on Azure Cache for Redis",
         ),
     }
 }
