@@ -143,6 +143,9 @@ pub(super) fn parse(name: &str, text: &str) -> Result<Source, Vec<String>> {
     }
 }
 
+const SQLITE_PARAMETERS: &str = "it has a parameter other than mode=ro, mode=rw, mode=rwc, cache=private, cache=shared, \
+                                 immutable=true, immutable=false and vfs=<name>";
+
 fn sqlite(text: &str, file: &str) -> Result<Source, Vec<String>> {
     let (whole, file) = (text.trim_start_matches("sqlite:"), file.trim_start_matches('/'));
     if file.is_empty() {
@@ -152,7 +155,16 @@ fn sqlite(text: &str, file: &str) -> Result<Source, Vec<String>> {
     if file.starts_with(":memory:") || whole.contains("mode=memory") {
         return Err(vec!["it names a database in memory; leave it empty for the embedded one".to_owned()]);
     }
-    Ok(Source::Sqlite(text.into()))
+    let parameters = whole.split_once('?').map_or("", |(_, parameters)| parameters);
+    let is_known = |parameter: &str| {
+        let known =
+            ["mode=ro", "mode=rw", "mode=rwc", "cache=private", "cache=shared", "immutable=true", "immutable=false"];
+        known.contains(&parameter) || parameter.starts_with("vfs=")
+    };
+    match parameters.split('&').filter(|parameter| !parameter.is_empty()).all(is_known) {
+        true => Ok(Source::Sqlite(text.into())),
+        false => Err(vec![SQLITE_PARAMETERS.to_owned()]),
+    }
 }
 
 const URL_FORM: &str = "it is not a URL of the form postgres://user:password@host:port/database (likewise mysql)";
@@ -233,12 +245,16 @@ mod tests {
     fn each_form_is_told_by_its_beginning() {
         assert_eq!(parse("Sql", ""), Ok(Source::Embedded));
         assert_eq!(read("Sql", "sqlite:shop.db"), Source::Sqlite("sqlite:shop.db".into()));
-        assert_eq!(read("Sql", "sqlite:///shop.db?mode=ro"), Source::Sqlite("sqlite:///shop.db?mode=ro".into()));
+        for text in ["sqlite:///shop.db?mode=ro", "sqlite:a?cache=private&immutable=true&vfs=unix"] {
+            assert_eq!(read("Sql", text), Source::Sqlite(text.into()));
+        }
         for (text, mistake) in [
             ("sqlite:", "names no file"),
             ("sqlite://", "names no file"),
             ("sqlite::memory:", "in memory"),
             ("sqlite:a?mode=memory", "in memory"),
+            ("sqlite:a?mode=ro&mod=hunter2", "has a parameter other than mode=ro"),
+            ("sqlite:a?mode=readonly", "has a parameter other than mode=ro"),
             ("shop.db", "none of"),
             ("jdbc:sqlserver://h;user=hunter2;x=y", "none of"),
             ("mssql://me:hunter2@h/db?x=y", "none of"),

@@ -20,6 +20,7 @@ use std::{
     time::Duration,
 };
 
+pub(crate) use self::server::is_local;
 pub use self::{
     connection_string::{Login, Server, Source, Tls},
     redis_string::{Node, RedisLogin, RedisServer},
@@ -159,6 +160,8 @@ pub struct Cache {
 pub struct Redis {
     /// Which one, and how to reach it.
     pub server: RedisServer,
+    /// Passwords may be sent to other machines without TLS; tokens never are.
+    pub allow_unencrypted: bool,
     /// Authorities (PEM) trusted for its certificate instead of the public ones.
     pub ca_file: Option<PathBuf>,
     /// Where the platform gives out tokens of the app's managed identity.
@@ -485,6 +488,23 @@ mod tests {
         }
         assert_eq!(error.mistakes.len(), 10, "{message}");
         assert!(!message.contains("hunter2"), "{message}");
+    }
+
+    #[test]
+    fn what_tells_of_changes_is_asked_twice_while_memory_is_trusted() {
+        let (redis, frugal) = (("Redis", "redis://127.0.0.1:1"), ("REDIS_FRUGAL", "on"));
+        for (variables, mistake) in [
+            (&[("FEED_INTERVAL_MS", "5001")][..], "FEED_INTERVAL_MS must be at most half"),
+            (
+                &[redis, frugal, ("REDIS_FRUGAL_POLL_MS", "1501"), ("CACHE_UNHEARD_MAX_S", "3")],
+                "REDIS_FRUGAL_POLL_MS must",
+            ),
+        ] {
+            let error = parse(variables).expect_err(mistake).to_string();
+            assert!(error.contains(mistake) && error.starts_with("1 "), "{error}");
+        }
+        assert!(parse(&[("FEED_INTERVAL_MS", "5000"), redis, frugal, ("REDIS_FRUGAL_POLL_MS", "5000")]).is_ok());
+        assert!(parse(&[redis, ("REDIS_FRUGAL_POLL_MS", "5000"), ("CACHE_UNHEARD_MAX_S", "3")]).is_ok(), "not polled");
     }
 
     #[test]

@@ -100,7 +100,8 @@ impl Reader<'_> {
         // All of them are read where there is no Redis too, so that what is wrong with them is told.
         let frugal = self.text("REDIS_FRUGAL").eq_ignore_ascii_case("on");
         let (pool_size, poll) = (self.number("REDIS_POOL_SIZE") as usize, self.millis("REDIS_FRUGAL_POLL_MS"));
-        let (entra, may_be_read) = (self.entra_id(), self.text("REDIS_ALLOW_UNENCRYPTED").eq_ignore_ascii_case("on"));
+        let (entra, allow_unencrypted) =
+            (self.entra_id(), self.text("REDIS_ALLOW_UNENCRYPTED").eq_ignore_ascii_case("on"));
         let ca_file = Some(self.text("REDIS_CA_FILE")).filter(|file| !file.is_empty()).map(PathBuf::from);
         let prefix = self.text("REDIS_PREFIX");
         if prefix.chars().any(|c| c.is_whitespace() || c.is_control() || "{}".contains(c)) {
@@ -115,7 +116,7 @@ impl Reader<'_> {
         let (pool_size, frugal_poll) = (if frugal { 1 } else { pool_size }, frugal.then_some(poll));
         self.check_connections(pool_size as u64 + u64::from(!frugal), instances.unwrap_or(0));
         let server = match redis_string::parse(&text) {
-            Ok(server) => self.redis_server(&name, server, entra, may_be_read),
+            Ok(server) => self.redis_server(&name, server, entra, allow_unencrypted),
             Err(mistakes) => {
                 self.mistakes.extend(mistakes.into_iter().map(|mistake| format!("{name}: {mistake}")));
                 return None;
@@ -128,6 +129,7 @@ impl Reader<'_> {
         let identity = self.identity("Redis", is_needed);
         Some(Redis {
             server,
+            allow_unencrypted,
             ca_file,
             identity,
             pool_size,
@@ -158,7 +160,7 @@ impl Reader<'_> {
         name: &str,
         mut server: RedisServer,
         entra: Option<Option<String>>,
-        may_be_read: bool,
+        allow_unencrypted: bool,
     ) -> RedisServer {
         if let Some(client_id) = entra {
             let user = match &server.login {
@@ -175,7 +177,7 @@ impl Reader<'_> {
         let is_open = !server.encrypted && !server.is_local();
         if is_open && matches!(server.login, RedisLogin::ManagedIdentity { .. }) {
             self.mistakes.push(format!("{name}: a token is only sent encrypted; ask for TLS (ssl=True)"));
-        } else if is_open && !may_be_read {
+        } else if is_open && !allow_unencrypted {
             self.mistakes.push(format!(
                 "{name}: the connection would not be encrypted; ask for TLS (ssl=True, or rediss:), or set \
                  REDIS_ALLOW_UNENCRYPTED=on"
@@ -351,6 +353,10 @@ impl Reader<'_> {
         rule(
             config.database.feed_interval.is_none_or(|interval| interval * 2 <= cache.unheard_max),
             "FEED_INTERVAL_MS must be at most half of CACHE_UNHEARD_MAX_S, else memory is distrusted between two looks",
+        );
+        rule(
+            config.redis.as_ref().and_then(|redis| redis.frugal_poll).is_none_or(|poll| poll * 2 <= cache.unheard_max),
+            "REDIS_FRUGAL_POLL_MS must be at most half of CACHE_UNHEARD_MAX_S, else memory is distrusted between two looks",
         );
         rule(
             cache.hard_timeout < cache.lease,

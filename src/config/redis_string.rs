@@ -38,6 +38,13 @@ pub struct Node {
     pub port: u16,
 }
 
+impl Node {
+    /// Whether it is this machine, so that nobody is between.
+    pub fn is_local(&self) -> bool {
+        is_local(&self.host)
+    }
+}
+
 impl std::fmt::Display for Node {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.host.contains(':') {
@@ -71,7 +78,7 @@ pub enum RedisLogin {
 impl RedisServer {
     /// Whether all nodes named run on this machine.
     pub fn is_local(&self) -> bool {
-        self.nodes.iter().all(|node| is_local(&node.host))
+        self.nodes.iter().all(Node::is_local)
     }
 }
 

@@ -232,6 +232,6 @@ pub(super) fn is_host(text: &str) -> bool {
 }
 
 /// Whether a host is this machine, so that nobody is between.
-pub(super) fn is_local(host: &str) -> bool {
+pub(crate) fn is_local(host: &str) -> bool {
     host.eq_ignore_ascii_case("localhost") || host.parse::<IpAddr>().is_ok_and(|ip| ip.to_canonical().is_loopback())
 }

@@ -53,6 +53,8 @@ pub(super) struct Found {
 /// Finds the node that is to be talked to, and connects to it.
 pub(super) struct Nodes {
     server: RedisServer,
+    /// Connections to other machines may go without TLS.
+    may_be_open: bool,
     authorities: Option<Vec<u8>>,
     tcp: TcpSettings,
     settings: AsyncConnectionConfig,
@@ -84,6 +86,7 @@ impl Nodes {
         };
         let nodes = Self {
             server: config.server.clone(),
+            may_be_open: config.allow_unencrypted && tokens.is_none(),
             authorities: authorities.transpose()?,
             // Nagle's algorithm holds small commands back; what a vanished peer does not acknowledge is given up.
             tcp: TcpSettings::default().set_nodelay(true).set_user_timeout(config.connect_timeout * 10),
@@ -203,6 +206,12 @@ impl Nodes {
 
     fn address(&self, node: &Node) -> RedisResult<ConnectionInfo> {
         if !self.server.encrypted {
+            // Those that were named were checked at the start; others are named by them.
+            if !self.may_be_open && !node.is_local() {
+                let problem =
+                    "is on another machine, and the connection would not be encrypted; ask for TLS (ssl=True)";
+                return Err(failed(&format!("{node} {problem}")));
+            }
             return ConnectionAddr::Tcp(node.host.clone(), node.port).into_connection_info();
         }
         // By this name the certificate is checked; `At` says where to connect.
@@ -396,6 +405,29 @@ mod tests {
             let config = config::Config::from_variables(&variables).expect(text).redis.expect("one");
             let nodes = Nodes::new(&config).expect(text);
             assert_eq!(nodes.certificate_name(&node(place, "from").expect(place)), name, "{text} {place}");
+        }
+    }
+
+    #[test]
+    fn without_tls_no_node_of_another_machine_is_connected_to_whoever_names_it() {
+        let (near, open) = (("Redis", "localhost:7000,password=hunter2"), ("REDIS_ALLOW_UNENCRYPTED", "on"));
+        let token = [
+            ("Redis", "127.0.0.1:26379,serviceName=shop"),
+            ("REDIS_ENTRA_ID", "system"),
+            ("IDENTITY_ENDPOINT", "http://127.0.0.1:1/msi"),
+            ("IDENTITY_HEADER", "h"),
+            open,
+        ];
+        let secure = ("Redis", "localhost:7000,password=hunter2,ssl=True");
+        for (variables, may) in [(&[near][..], false), (&[near, open], true), (&token, false), (&[secure], true)] {
+            let set = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+            let config = config::Config::from_variables(&set).expect("valid").redis.expect("one");
+            let nodes = Nodes::new(&config).expect("valid");
+            for (place, may) in [("10.1.2.3:6379", may), ("shop.example:6379", may), ("127.0.0.2:6379", true)] {
+                let address = nodes.address(&node(place, "from").expect(place));
+                assert_eq!(address.is_ok(), may, "{variables:?} {place}");
+                assert!(!address.err().is_some_and(|error| error.to_string().contains("hunter2")));
+            }
         }
     }
 

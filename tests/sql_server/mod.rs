@@ -161,6 +161,18 @@ async fn a_redirect_is_followed_to_where_it_leads() {
 }
 
 #[tokio::test]
+async fn a_redirect_to_another_machine_needs_a_certificate() {
+    let gateway = Server::start(|_| Answer::Close).await;
+    gateway.welcome(Welcome::Route("192.0.2.1".to_owned(), 1433));
+    for tls in [Tls::Off, Tls::Unverified] {
+        let error =
+            database(config::Server { tls, ..server(gateway.port) }).open().await.expect_err("refused").to_string();
+        assert!(error.contains("redirected to 192.0.2.1, another machine"), "{error}");
+    }
+    assert_eq!(gateway.logins().len(), 2);
+}
+
+#[tokio::test]
 async fn a_circle_of_redirects_ends() {
     let fake = Server::start(|_| Answer::Close).await;
     fake.welcome(Welcome::Route("127.0.0.1".to_owned(), fake.port));

@@ -144,6 +144,13 @@ impl Connect for Connector {
                     // The name of an instance may follow; the port makes it superfluous.
                     host = next.split('\\').next().unwrap_or_default().to_owned();
                     port = next_port;
+                    // What was named was checked at the start; this it has named itself.
+                    let is_verified = matches!(self.server.tls, Tls::Verified { .. });
+                    if !is_verified && self.server.is_local() && !config::is_local(&host) {
+                        return Err(Failure::Refused(format!(
+                            "redirected to {host}, another machine, whose certificate would not be checked; name it in Sql"
+                        )));
+                    }
                 }
                 Err(error) => return Err(self.login_failure(error)),
             }
