@@ -5,10 +5,12 @@
 //! and one query for all of them. Invariants: C2 and the Redis half of C3; S1, whatever Redis does costs time but never the
 //! answer.
 
-use std::{collections::HashMap, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{collections::HashMap, panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration};
 
-use futures_util::FutureExt;
-
+use futures_util::{
+    FutureExt,
+    stream::{FuturesUnordered, StreamExt},
+};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{
@@ -104,10 +106,7 @@ async fn lease_and_load(cache: Arc<Inner>, flights: Vec<Under>, load: Load) {
     match &cache.shared {
         Some(remote) if !shared.is_empty() => {
             let (ours, theirs) = look(&cache, &remote.l2, shared, true).await;
-            let load_theirs = async {
-                let late = wait(&cache, &remote.l2, theirs).await;
-                load_all(&cache, late, &load).await;
-            };
+            let load_theirs = load_late(&cache, &remote.l2, (Instant::now(), theirs), &load);
             tokio::join!(load_all(&cache, ours, &load), load_theirs, load_all(&cache, local, &load));
         }
         _ => load_all(&cache, shared.into_iter().chain(local).collect(), &load).await,
@@ -150,29 +149,48 @@ async fn look(cache: &Arc<Inner>, l2: &L2, flights: Vec<Under>, want_stale: bool
     (ours, theirs)
 }
 
-/// Waits for other instances' loads; returns what is to be loaded after all: the lease came free, or nobody delivered.
-async fn wait(cache: &Arc<Inner>, l2: &L2, mut theirs: Vec<Under>) -> Vec<Under> {
-    let began = Instant::now();
-    let mut late = Vec::new();
+/// Loads what other instances do not deliver, each key as soon as it is ours to load, whatever the others wait for.
+async fn load_late(cache: &Arc<Inner>, l2: &L2, mut waiting: Waiting, load: &Load) {
+    let mut loads = FuturesUnordered::new();
+    loop {
+        let mut next = pin!(wait(cache, l2, waiting));
+        let next = loop {
+            tokio::select! {
+                next = &mut next => break next,
+                Some(()) = loads.next() => {}
+            }
+        };
+        let Some((late, still)) = next else { break };
+        loads.push(load_all(cache, late, load));
+        waiting = still;
+    }
+    while loads.next().await.is_some() {}
+}
+
+/// Flights whose keys other instances load, and since when they are waited for.
+type Waiting = (Instant, Vec<Under>);
+
+/// Waits for other instances' loads; returns what is to be loaded after all, because its lease came free or nobody
+/// delivered, and what is still to be waited for; `None` when that was all.
+async fn wait(cache: &Arc<Inner>, l2: &L2, (began, mut theirs): Waiting) -> Option<(Vec<Under>, Waiting)> {
     while !theirs.is_empty() && began.elapsed() < cache.config.lease_wait {
         sleep((began.elapsed() / PART_OF_WAIT).max(LOOK_AGAIN)).await;
         let free;
         (free, theirs) = match see(cache, l2, theirs, true).await {
             Ok(seen) => seen,
-            Err(unseen) => {
-                late.extend(unseen);
-                return late;
-            }
+            Err(unseen) => return Some((unseen, (began, Vec::new()))),
         };
         if !free.is_empty() {
             let (ours, leased) = look(cache, l2, free, false).await;
-            late.extend(ours);
             theirs.extend(leased);
+            if !ours.is_empty() {
+                return Some((ours, (began, theirs)));
+            }
         }
     }
     // A refresh that another instance did not deliver is dropped: what is in memory is still fresh.
-    late.extend(theirs.into_iter().filter(|under| under.guard.flight.purpose == Purpose::Miss));
-    late
+    theirs.retain(|under| under.guard.flight.purpose == Purpose::Miss);
+    (!theirs.is_empty()).then_some((theirs, (began, Vec::new())))
 }
 
 /// Loads all of these in one query and ends their flights.

@@ -277,14 +277,39 @@ async fn readers_of_a_cold_key_on_four_instances_share_one_load() {
     assert_eq!(truth.loads(), 1);
 }
 
+/// What a holder that was killed leaves behind, for a minute.
+async fn leave_lease(redis: &RedisServer, id: i64) {
+    let later_ms =
+        (std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() + 60_000).to_string();
+    redis.command(&["HSET", &format!("{{product-cache}}:thing:{id}"), "t", "dead", "u", &later_ms, "a", "0"]).await;
+}
+
+#[tokio::test]
+async fn each_key_of_a_batch_is_loaded_as_soon_as_its_own_lease_is_free() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10), (2, 20)]);
+    let settings = [("CACHE_LEASE_WAIT_MS", "30000"), ("REQUEST_TIMEOUT_MS", "60000")];
+    let node = Node::hearing(&truth, &redis.url(), &settings).await;
+    leave_lease(&redis, 1).await;
+    leave_lease(&redis, 2).await;
+    let (cache, load) = (node.cache.clone(), node.load.clone());
+    let reader = tokio::spawn(async move { cache.get_or_load(&[key(1), key(2)], None, &load).await });
+    sleep(Duration::from_millis(200)).await; // it waits for both
+    assert_eq!(truth.loads(), 0);
+    redis.command(&["DEL", "{product-cache}:thing:1"]).await;
+    eventually("the first is loaded", async || (*truth.0.loads.lock().unwrap() == [[1]]).then_some(())).await;
+    assert!(!reader.is_finished(), "the second is waited for");
+    redis.command(&["DEL", "{product-cache}:thing:2"]).await;
+    let answers = timeout(PATIENCE, reader).await.expect("the read ends").unwrap();
+    assert_eq!(answers.iter().map(|answer| value(answer.as_ref().unwrap())).collect::<Vec<_>>(), [Some(10), Some(20)]);
+    assert_eq!(*truth.0.loads.lock().unwrap(), [[1], [2]]);
+}
+
 #[tokio::test]
 async fn a_lease_whose_holder_died_costs_one_more_load() {
     let redis = RedisServer::start().await;
     let truth = Truth::new(&[(1, 10)]);
-    // What a holder that was killed leaves behind.
-    let later_ms =
-        (std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() + 60_000).to_string();
-    redis.command(&["HSET", "{product-cache}:thing:1", "t", "dead", "u", &later_ms, "a", "0"]).await;
+    leave_lease(&redis, 1).await;
     let node = Node::hearing(&truth, &redis.url(), &[("CACHE_LEASE_WAIT_MS", "200")]).await;
     assert_eq!(node.value(1).await, Some(10));
     assert_eq!(truth.loads(), 1);
