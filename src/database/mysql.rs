@@ -1,4 +1,4 @@
-//! MySQL 8 and MariaDB 10.6 and later, with the schema of `sql/mysql.sql`.
+//! MySQL 8.0.22 and MariaDB 10.6 and later, with the schema of `sql/mysql.sql`.
 //!
 //! Knows its types and its change feed. Versions are taken before the commit, so they become visible out of order.
 //! Invariant of the feed: a version below the highest read is either read, remembered as a gap, or known to be rolled

@@ -2,7 +2,7 @@
 //!
 //! Knows how often to ask and what to do when the feed fails. Invariant: the position moves on only after what was read
 //! has been expired here (and is queued for Redis), so a failure in between repeats changes and loses none. With Redis
-//! the position is kept there, so that what changes while no instance runs is not served from Redis afterwards.
+//! the position is kept there once all before it is in the log: whoever looks next, or starts next, begins there.
 
 use std::{sync::Arc, time::Duration};
 
@@ -51,6 +51,10 @@ pub(super) async fn follow(app: Arc<App>, interval: Duration) {
         app.database.wait_for_changes(&product::TABLE, pause).await;
         // A writer that commits all the time must not make every instance ask all the time.
         sleep_until(began + SHORTEST.mul_f64(rand::random_range(1.0..2.0))).await;
+        if app.config.redis.is_some() {
+            // A commit wakes all instances. Whoever comes first tells the others.
+            sleep_until((Instant::now() + SHORTEST.mul_f64(rand::random_range(0.0..2.0))).min(began + pause)).await;
+        }
     }
 }
 
@@ -59,7 +63,7 @@ struct Follower<'a> {
     position: Option<Position>,
     /// Whether what changed before this process began has been made up for in Redis.
     resumed: bool,
-    /// The position that Redis keeps, as far as this process knows.
+    /// The position that Redis kept when it was last looked at.
     kept: Option<Position>,
 }
 
@@ -72,21 +76,30 @@ impl Follower<'_> {
             // What was read into memory before there was a position may have changed since.
             cache.forget_memory();
         }
-        let (mut resumed, mut everything) = (self.resumed, false);
-        if !resumed && let Ok(kept) = cache.note(NOTE).await {
-            // Changes since then were told to nobody, unless by another instance; some are repeated.
-            match kept {
-                Some(kept) => {
-                    self.position = Some(kept.into());
-                    // It may be later than ours was, and what lies between was not told here.
+        let (mut resumed, mut everything, mut own) = (self.resumed, false, None);
+        if let Ok(note) = cache.note(NOTE).await {
+            let note = note.map(Position::from);
+            if note.is_some() && note != self.kept {
+                // Kept by another instance: all before it is in the log, and nothing after it.
+                own = std::mem::replace(&mut self.position, note.clone()).filter(|_| resumed);
+                self.kept = note;
+                if !resumed {
+                    // It may be later than ours was, when this instance did not hear the log.
                     cache.forget_memory();
                 }
-                None => everything = true,
+            } else if !resumed {
+                everything = true;
             }
             resumed = true;
         }
         let Some(position) = &self.position else { unreachable!("set above") };
-        let changes = self.app.database.changes_since(&product::TABLE, position).await?;
+        let mut changes = self.app.database.changes_since(&product::TABLE, position).await?;
+        if changes.overrun
+            && let Some(own) = own
+        {
+            // It means nothing to the server that is asked here.
+            changes = self.app.database.changes_since(&product::TABLE, &own).await?;
+        }
         if changes.overrun {
             tracing::warn!("the change feed was pruned or replaced; everything is stale");
         }

@@ -18,6 +18,7 @@ use crate::support::{
 
 for_every_engine![
     two_instances_without_redis_agree_by_the_feed,
+    a_change_that_one_instance_has_told_is_not_told_by_all,
     what_changed_while_nobody_ran_is_not_served_from_redis
 ];
 for_every_server![every_fault_of_the_database, ten_thousand_clients_of_a_cold_key_are_one_query_to_the_database];
@@ -146,6 +147,41 @@ async fn two_instances_without_redis_agree_by_the_feed(engine: Engine) {
         })
         .await;
     }
+}
+
+async fn a_change_that_one_instance_has_told_is_not_told_by_all(engine: Engine) {
+    const INSTANCES: usize = 4;
+    const CHANGES: usize = 5;
+    let (server, redis) = (DatabaseServer::start(engine).await, RedisServer::start().await);
+    let settings = || on(&server.url()).env("Redis", redis.url()).env("FEED_INTERVAL_MS", 200);
+    let instances = join_all((0..INSTANCES).map(|_| settings().up())).await;
+    for instance in &instances {
+        let follows = async || instance.status().await["changeFeed"]["unheardSeconds"].is_number().then_some(());
+        eventually("it follows the feed", follows).await;
+    }
+    let notices =
+        async || redis::from_redis_value::<usize>(redis.command(&["XLEN", "{product-cache}:log"]).await).unwrap();
+    let all_have_looked = async || sleep(Duration::from_millis(500)).await;
+    all_have_looked().await;
+    let before = notices().await;
+    for n in 0..CHANGES {
+        let name = format!("name {n}");
+        rename(&server, 680, &name).await;
+        all_have_looked().await;
+        for instance in &instances {
+            eventually("everybody knows", async || shows(&instance.product(680).await, &name).then_some(())).await;
+        }
+    }
+    let told = notices().await - before;
+    // Two that look at the same time both tell it.
+    assert!((CHANGES..=CHANGES * 3).contains(&told), "{CHANGES} changes were told {told} times");
+
+    // What another server's position would be.
+    redis.command(&["SET", "{product-cache}:feed", "nonsense"]).await;
+    all_have_looked().await;
+    assert_eq!(notices().await - before, told, "nothing has changed");
+    rename(&server, 680, "after that").await;
+    eventually("it is told", async || shows(&instances[0].product(680).await, "after that").then_some(())).await;
 }
 
 async fn what_changed_while_nobody_ran_is_not_served_from_redis(engine: Engine) {
