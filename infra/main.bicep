@@ -155,10 +155,11 @@ module redis 'modules/redis.bicep' = {
   }
 }
 
-// What the handler and the host are told on either plan. The host's SQL trigger reads Sql as well: the string is one
-// that Microsoft.Data.SqlClient and the handler both understand.
 // What the plan allows, so that the handler is told no more.
 var mostInstances = plan == 'premium' ? min(maximumInstanceCount, 100) : maximumInstanceCount
+
+// What the handler and the host are told on either plan. The host's SQL trigger reads Sql as well: the string is one
+// that Microsoft.Data.SqlClient and the handler both understand.
 var settings = [
   {
     name: 'Sql'

@@ -350,6 +350,11 @@ impl Cache {
         self.expire_scope(Scope::Everything, budget).await
     }
 
+    /// Makes these keys stale here alone: for what Redis and the other instances have been told, or will be.
+    pub fn expire_here(&self, keys: &[Key]) {
+        self.inner.expire_here(&Scope::Keys(keys.to_vec()));
+    }
+
     async fn expire_scope(&self, scope: Scope, budget: Duration) -> Result<(), Undelivered> {
         let inner = &self.inner;
         if inner.shared.is_none() {

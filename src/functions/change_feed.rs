@@ -2,7 +2,8 @@
 //!
 //! Knows how often to ask and what to do when the feed fails. Invariant: the position moves on only after what was read
 //! has been expired here (and is queued for Redis), so a failure in between repeats changes and loses none. With Redis
-//! the position is kept there once all before it is in the log: whoever looks next, or starts next, begins there.
+//! the position is kept there once all before it is in the log: what changes while no instance runs is not served from
+//! Redis afterwards, and what one instance has told the others need not tell.
 
 use std::{sync::Arc, time::Duration};
 
@@ -63,7 +64,7 @@ struct Follower<'a> {
     position: Option<Position>,
     /// Whether what changed before this process began has been made up for in Redis.
     resumed: bool,
-    /// The position that Redis kept when it was last looked at.
+    /// The position that Redis keeps, as far as this process knows.
     kept: Option<Position>,
 }
 
@@ -76,30 +77,21 @@ impl Follower<'_> {
             // What was read into memory before there was a position may have changed since.
             cache.forget_memory();
         }
-        let (mut resumed, mut everything, mut own) = (self.resumed, false, None);
-        if let Ok(note) = cache.note(NOTE).await {
-            let note = note.map(Position::from);
-            if note.is_some() && note != self.kept {
-                // Kept by another instance: all before it is in the log, and nothing after it.
-                own = std::mem::replace(&mut self.position, note.clone()).filter(|_| resumed);
-                self.kept = note;
-                if !resumed {
-                    // It may be later than ours was, when this instance did not hear the log.
+        let (mut resumed, mut everything) = (self.resumed, false);
+        if !resumed && let Ok(kept) = cache.note(NOTE).await {
+            // Changes since then were told to nobody, unless by another instance; some are repeated.
+            match kept {
+                Some(kept) => {
+                    self.position = Some(kept.into());
+                    // It may be later than ours was, and what lies between was not told here.
                     cache.forget_memory();
                 }
-            } else if !resumed {
-                everything = true;
+                None => everything = true,
             }
             resumed = true;
         }
         let Some(position) = &self.position else { unreachable!("set above") };
-        let mut changes = self.app.database.changes_since(&product::TABLE, position).await?;
-        if changes.overrun
-            && let Some(own) = own
-        {
-            // It means nothing to the server that is asked here.
-            changes = self.app.database.changes_since(&product::TABLE, &own).await?;
-        }
+        let changes = self.app.database.changes_since(&product::TABLE, position).await?;
         if changes.overrun {
             tracing::warn!("the change feed was pruned or replaced; everything is stale");
         }
@@ -110,7 +102,9 @@ impl Follower<'_> {
         } else {
             let keys: Vec<_> = changes.keys.iter().map(|id| Key::new(product::KIND, *id)).collect();
             self.app.counts.expired(keys.len());
-            cache.expire(&keys, PATIENCE).await
+            cache.expire_here(&keys);
+            let untold = self.untold(keys).await;
+            if untold.is_empty() { Ok(()) } else { cache.expire(&untold, PATIENCE).await }
         };
         self.resumed = resumed;
         let position = self.position.insert(changes.position);
@@ -125,5 +119,20 @@ impl Follower<'_> {
             Err(error) => tracing::warn!(%error, "the change feed goes on"),
         }
         Ok(changes.more)
+    }
+
+    /// Those of these keys that no other instance has told: those that have changed since the position that is kept.
+    async fn untold(&self, keys: Vec<Key>) -> Vec<Key> {
+        let Ok(Some(note)) = self.app.cache.note(NOTE).await else { return keys };
+        let kept = Position::from(note);
+        if self.kept.as_ref() == Some(&kept) {
+            return keys; // and before these changes
+        }
+        match self.app.database.changes_since(&product::TABLE, &kept).await {
+            Ok(since) if !since.overrun && !since.more => {
+                keys.into_iter().filter(|key| since.keys.contains(&key.id())).collect()
+            }
+            _ => keys, // it is far behind, or means nothing to the server that is asked here
+        }
     }
 }

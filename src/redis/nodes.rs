@@ -208,9 +208,10 @@ impl Nodes {
         if !self.server.encrypted {
             // Those that were named were checked at the start; others are named by them.
             if !self.may_be_open && !node.is_local() {
-                let problem =
-                    "is on another machine, and the connection would not be encrypted; ask for TLS (ssl=True)";
-                return Err(failed(&format!("{node} {problem}")));
+                return Err(failed(&format!(
+                    "{node} is not this machine, and the connection would not be encrypted; ask for TLS (ssl=True), or \
+                     without a token set REDIS_ALLOW_UNENCRYPTED=on"
+                )));
             }
             return ConnectionAddr::Tcp(node.host.clone(), node.port).into_connection_info();
         }
