@@ -5,7 +5,7 @@
 //! the position is kept there once all before it is in the log: what changes while no instance runs is not served from
 //! Redis afterwards, and what one instance has told the others need not tell.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -130,7 +130,8 @@ impl Follower<'_> {
         }
         match self.app.database.changes_since(&product::TABLE, &kept).await {
             Ok(since) if !since.overrun && !since.more => {
-                keys.into_iter().filter(|key| since.keys.contains(&key.id())).collect()
+                let since: HashSet<_> = since.keys.into_iter().collect();
+                keys.into_iter().filter(|key| since.contains(&key.id())).collect()
             }
             _ => keys, // it is far behind, or means nothing to the server that is asked here
         }
