@@ -156,10 +156,12 @@ fn sqlite(text: &str, file: &str) -> Result<Source, Vec<String>> {
         return Err(vec!["it names a database in memory; leave it empty for the embedded one".to_owned()]);
     }
     let parameters = whole.split_once('?').map_or("", |(_, parameters)| parameters);
-    let is_known = |parameter: &str| {
-        let known =
-            ["mode=ro", "mode=rw", "mode=rwc", "cache=private", "cache=shared", "immutable=true", "immutable=false"];
-        known.contains(&parameter) || parameter.starts_with("vfs=")
+    let is_known = |parameter: &str| match parameter.split_once('=') {
+        Some(("mode", value)) => ["ro", "rw", "rwc"].contains(&value),
+        Some(("cache", value)) => ["private", "shared"].contains(&value),
+        Some(("immutable", value)) => ["true", "1", "false", "0"].contains(&value),
+        Some((name, _)) => name == "vfs",
+        None => false,
     };
     match parameters.split('&').filter(|parameter| !parameter.is_empty()).all(is_known) {
         true => Ok(Source::Sqlite(text.into())),
@@ -245,7 +247,7 @@ mod tests {
     fn each_form_is_told_by_its_beginning() {
         assert_eq!(parse("Sql", ""), Ok(Source::Embedded));
         assert_eq!(read("Sql", "sqlite:shop.db"), Source::Sqlite("sqlite:shop.db".into()));
-        for text in ["sqlite:///shop.db?mode=ro", "sqlite:a?cache=private&immutable=true&vfs=unix"] {
+        for text in ["sqlite:///shop.db?mode=ro", "sqlite:a?cache=private&immutable=1&vfs=unix"] {
             assert_eq!(read("Sql", text), Source::Sqlite(text.into()));
         }
         for (text, mistake) in [

@@ -90,7 +90,7 @@ impl Bench {
         let report = &mut self.report;
         report.add(&format!("{scenario}: throughput"), "1/s", reference, throughput, &each(Outcome::throughput));
         report.add(&format!("{scenario}: CPU per request"), "s", reference, cpu, &each(Outcome::cpu));
-        // Whether the servers or the generator were what limited the throughput.
+        // Whether the servers or the generator were what limited the throughput; apart, the generator is always busy.
         report.note(&format!("{scenario}: cores busy"), "server", &each(Outcome::server_cores));
         report.note(&format!("{scenario}: cores busy"), "generator", &each(Outcome::generator_cores));
     }
