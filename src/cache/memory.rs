@@ -31,7 +31,7 @@ use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter, sync};
 use tokio::{sync::Notify, time::Instant};
 use triomphe::ThinArc;
 
-use super::{Answer, Failure, How, Key, LARGEST_SHARE, Level, Stale, entry::Entry};
+use super::{Answer, Failure, How, Key, Level, Stale, entry::Entry};
 use crate::config;
 
 /// Locks for the flights: far more than threads, so that two keys rarely meet.
@@ -211,7 +211,7 @@ impl Memory {
     /// `sources` are the places expiries come from; each counts as unheard until it is first heard.
     pub(super) fn new(config: &config::Cache, sources: &[Source]) -> Self {
         // Each shard is bounded by itself, so a shard must have room for several of the largest bodies.
-        let largest = LARGEST_SHARE * footprint(config.max_body_bytes as u64);
+        let largest = config::LARGEST_SHARE * footprint(config.max_body_bytes as u64);
         let shards = (config.l1_max_bytes / largest).clamp(1, 64).next_power_of_two() as usize;
         let options = OptionsBuilder::new()
             .shards(shards)

@@ -41,8 +41,6 @@ use crate::{
     redis::Redis,
 };
 
-/// Room for the largest bodies in memory: the bound must be at least this many times a body.
-pub const LARGEST_SHARE: u64 = 8;
 /// How often a reader starts over because the flight it joined was overtaken, abandoned, or led by somebody content
 /// with an older entry. Each further flight began after the reader came, so two nearly always do.
 const ATTEMPTS: usize = 16;

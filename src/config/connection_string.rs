@@ -4,14 +4,11 @@
 //! Keywords are `keywords`' business, what they mean together `server`'s. Invariant: no message quotes a value that
 //! may hold a secret.
 
-use std::{path::PathBuf, time::Duration};
-
-use percent_encoding::percent_decode_str;
-
 use super::{
     Secret, ado,
     keywords::{self, Dialect, Fields},
-    server::{self, Engine},
+    server::{self, Engine, Server},
+    url,
 };
 
 /// Which database, and how to reach it.
@@ -27,71 +24,6 @@ pub enum Source {
     MySql(Server),
     /// SQL Server or Azure SQL.
     SqlServer(Server),
-}
-
-/// A database server.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Server {
-    /// Name or address.
-    pub host: String,
-    /// TCP port.
-    pub port: u16,
-    /// Name of the database.
-    pub database: String,
-    /// As whom.
-    pub login: Login,
-    /// How the connection is protected.
-    pub tls: Tls,
-    /// What the server's monitoring shows the connections as.
-    pub application_name: String,
-    /// A readable secondary will do (`ApplicationIntent=ReadOnly`).
-    pub read_only: bool,
-    /// The string's own connect timeout.
-    pub connect_timeout: Option<Duration>,
-    /// The string's own bound of the pool.
-    pub max_connections: Option<u32>,
-}
-
-/// As whom to log in.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Login {
-    /// With a password.
-    Password {
-        /// Name of the login.
-        user: String,
-        /// Its password; may be empty.
-        password: Secret,
-    },
-    /// With a token of the app's managed identity.
-    ManagedIdentity {
-        /// Client id of a user-assigned identity; `None`: the system-assigned one.
-        client_id: Option<String>,
-    },
-}
-
-/// How a connection is protected.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Tls {
-    /// Not at all; SQL Server's login alone is, with whoever answers, as ADO.NET does it.
-    Off,
-    /// Encrypted, but with whoever answers.
-    Unverified,
-    /// Encrypted, with a server whose certificate names it and comes from a trusted authority.
-    Verified {
-        /// File with the authorities to trust (PEM) besides the system's.
-        ca_file: Option<PathBuf>,
-        /// The name expected in the certificate, if not the host's.
-        server_name: Option<String>,
-        /// TLS before the first byte of TDS (`Encrypt=Strict`, TDS 8); SQL Server only.
-        strict: bool,
-    },
-}
-
-impl Server {
-    /// Whether it runs on this machine.
-    pub fn is_local(&self) -> bool {
-        server::is_local(&self.host)
-    }
 }
 
 impl Source {
@@ -126,8 +58,8 @@ pub(super) fn parse(name: &str, text: &str) -> Result<Source, Vec<String>> {
     match text.split('=').next().and_then(|start| start.split_once(':')) {
         Some(("sqlite", file)) => sqlite(text, file),
         Some((scheme, _)) => match scheme.to_ascii_lowercase().as_str() {
-            "postgres" | "postgresql" => url(Engine::Postgres, keywords::POSTGRES_URL, text),
-            "mysql" | "mariadb" => url(Engine::MySql, keywords::MYSQL_URL, text),
+            "postgres" | "postgresql" => server_url(Engine::Postgres, keywords::POSTGRES_URL, text),
+            "mysql" | "mariadb" => server_url(Engine::MySql, keywords::MYSQL_URL, text),
             _ => Err(vec![FORMS.to_owned()]),
         },
         None if !text.contains('=') => Err(vec![FORMS.to_owned()]),
@@ -171,55 +103,21 @@ fn sqlite(text: &str, file: &str) -> Result<Source, Vec<String>> {
 
 const URL_FORM: &str = "it is not a URL of the form postgres://user:password@host:port/database (likewise mysql)";
 
-fn url(engine: Engine, dialect: Dialect, text: &str) -> Result<Source, Vec<String>> {
-    let pairs = url_pairs(text, URL_FORM).map_err(|mistake| vec![mistake.to_owned()])?;
+fn server_url(engine: Engine, dialect: Dialect, text: &str) -> Result<Source, Vec<String>> {
+    let pairs = url::pairs(text, URL_FORM).map_err(|mistake| vec![mistake.to_owned()])?;
     server::server(engine, Fields::read(dialect, pairs)).map(|server| Source::of(engine, server))
-}
-
-/// A URL's parts by the names of its dialect; `form` says what it should look like. A parser's messages may quote the
-/// password, so ours say the rule only.
-pub(super) fn url_pairs(text: &str, form: &'static str) -> Result<Vec<(String, String)>, &'static str> {
-    const ENCODED: &str = "it has reserved characters in the user name or password: write them as %40 (@), %2F (/), \
-                           %3F (?), %23 (#), %25 (%)";
-    let (_, behind_scheme) = text.split_once("://").ok_or(form)?;
-    // The first of these ends the host. An @ behind it means that it stands in the password, and that what looks
-    // like a path or a parameter is a part of it.
-    if behind_scheme.find(['/', '?', '#']).is_some_and(|end| behind_scheme[end..].contains('@')) {
-        return Err(ENCODED);
-    }
-    if text.contains(char::is_control) || text.contains('#') {
-        return Err(ENCODED); // a parser drops these without a word
-    }
-    let url = url::Url::parse(text).map_err(|_| form)?;
-    let decode = |text: &str| {
-        let decoded = percent_decode_str(text).decode_utf8().map(String::from);
-        decoded.map_err(|_| "it has percent-encoded bytes that are not UTF-8")
-    };
-    let mut pairs = vec![
-        ("host".to_owned(), url.host_str().unwrap_or("").to_owned()),
-        ("port".to_owned(), url.port().map_or_else(String::new, |port| port.to_string())),
-        ("database".to_owned(), decode(url.path().trim_start_matches('/'))?),
-        ("user".to_owned(), decode(url.username())?),
-    ];
-    let password = ("password".to_owned(), decode(url.password().unwrap_or(""))?);
-    // Without an @, what looks like host:port may be user:password, and a parameter a part of that password: keywords
-    // behind one are not shown.
-    let authority = behind_scheme.split(['/', '?']).next().unwrap_or_default();
-    let first = if authority.contains(':') && !authority.contains('@') { Some(&password) } else { None };
-    pairs.extend(first.cloned());
-    for parameter in url.query().unwrap_or("").split('&').filter(|parameter| !parameter.is_empty()) {
-        let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
-        pairs.push((decode(name)?, decode(value)?));
-    }
-    pairs.push(password);
-    Ok(pairs)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{path::PathBuf, time::Duration};
+
     use proptest::prelude::*;
 
-    use super::*;
+    use super::{
+        super::{Login, Tls},
+        *,
+    };
 
     const VERIFIED: Tls = Tls::Verified { ca_file: None, server_name: None, strict: false };
 

@@ -8,8 +8,8 @@ use super::{
     Config, Database, IdentityEndpoint, Login, Redis, RedisLogin, RedisServer, Role, Source, Tls, connection_string,
     redis_string,
     settings::{
-        HOST_NAMES, Kind, MOST_CONNECTIONS, REDIS_PREFIXES, ROUTE_PREFIX, SETTINGS, SQL_PREFIXES, Setting,
-        connection_string_names, is_known,
+        HOST_NAMES, Kind, LARGEST_SHARE, MOST_CONNECTIONS, REDIS_PREFIXES, ROUTE_PREFIX, SETTINGS, SQL_PREFIXES,
+        Setting, connection_string_names, is_known,
     },
 };
 
@@ -316,17 +316,25 @@ impl Reader<'_> {
     }
 
     /// A name one or two letters off one of ours is a mistake. Others' variables are not: only names that begin as
-    /// ours do, and nobody else's, are looked at.
+    /// ours do are looked at, and twice where others' do so, too (`HTTP_HOST` is none of ours).
     pub(super) fn find_misspelled(&mut self) {
-        let ours = |name: &str| {
-            ["CACHE_", "REDIS_", "INVALIDATE_", "FEED_", "FUNCTIONS_"].iter().any(|start| name.starts_with(start))
-        };
-        for name in self.variables.keys().filter(|name| ours(name) && !is_known(name)) {
+        const OURS: [(&str, usize); 8] = [
+            ("CACHE_", 2),
+            ("REDIS_", 2),
+            ("DATABASE_", 2),
+            ("REQUEST_", 2),
+            ("INVALIDATE_", 2),
+            ("FEED_", 2),
+            ("FUNCTIONS_", 2),
+            ("HTTP_", 1),
+        ];
+        for name in self.variables.keys().filter(|name| !is_known(name)) {
+            let Some((_, most)) = OURS.iter().find(|(start, _)| name.starts_with(start)) else { continue };
             let close = SETTINGS
                 .iter()
                 .map(|setting| setting.name)
                 .chain(HOST_NAMES)
-                .find(|known| strsim::damerau_levenshtein(&name.to_uppercase(), &known.to_uppercase()) <= 2);
+                .find(|known| strsim::damerau_levenshtein(&name.to_uppercase(), &known.to_uppercase()) <= *most);
             if let Some(known) = close {
                 self.mistakes.push(format!("{name} is not a setting; did you mean {known}?"));
             }
@@ -363,7 +371,7 @@ impl Reader<'_> {
             "CACHE_HARD_TIMEOUT_MS must be below CACHE_LEASE_MS, else a live load loses its lease",
         );
         rule(
-            cache.max_body_bytes as u64 * crate::cache::LARGEST_SHARE <= cache.l1_max_bytes,
+            cache.max_body_bytes as u64 * LARGEST_SHARE <= cache.l1_max_bytes,
             "CACHE_MAX_BODY_BYTES must be at most an eighth of CACHE_L1_MAX_BYTES, else the largest bodies are never kept",
         );
     }

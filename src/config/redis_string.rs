@@ -5,13 +5,13 @@
 
 use super::{
     Secret,
-    connection_string::url_pairs,
     keywords::{
         Field,
         Field::{Database, Encryption, Host, Password, Port, Service, User},
         Fields, REDIS_URL, STACK_EXCHANGE,
     },
     server::{host_and_port, is_host, is_local, words_of_truth},
+    url,
 };
 
 /// Which Redis, and how to reach it.
@@ -98,7 +98,7 @@ pub(super) fn parse(text: &str) -> Result<RedisServer, Vec<String>> {
                 "rediss" | "valkeys" => true,
                 _ => return Err(vec![FORMS.to_owned()]),
             };
-            let pairs = url_pairs(text, FORMS).map_err(|mistake| vec![mistake.to_owned()])?;
+            let pairs = url::pairs(text, FORMS).map_err(|mistake| vec![mistake.to_owned()])?;
             let mut fields = Fields::read(REDIS_URL, pairs);
             let host = fields.required(Host);
             let beside = fields.text(Port).map(str::to_owned);

@@ -8,9 +8,73 @@ use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use super::{
     Secret,
-    connection_string::{Login, Server, Tls},
     keywords::{Field, Fields},
 };
+
+/// A database server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Server {
+    /// Name or address.
+    pub host: String,
+    /// TCP port.
+    pub port: u16,
+    /// Name of the database.
+    pub database: String,
+    /// As whom.
+    pub login: Login,
+    /// How the connection is protected.
+    pub tls: Tls,
+    /// What the server's monitoring shows the connections as.
+    pub application_name: String,
+    /// A readable secondary will do (`ApplicationIntent=ReadOnly`).
+    pub read_only: bool,
+    /// The string's own connect timeout.
+    pub connect_timeout: Option<Duration>,
+    /// The string's own bound of the pool.
+    pub max_connections: Option<u32>,
+}
+
+/// As whom to log in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Login {
+    /// With a password.
+    Password {
+        /// Name of the login.
+        user: String,
+        /// Its password; may be empty.
+        password: Secret,
+    },
+    /// With a token of the app's managed identity.
+    ManagedIdentity {
+        /// Client id of a user-assigned identity; `None`: the system-assigned one.
+        client_id: Option<String>,
+    },
+}
+
+/// How a connection is protected.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Tls {
+    /// Not at all; SQL Server's login alone is, with whoever answers, as ADO.NET does it.
+    Off,
+    /// Encrypted, but with whoever answers.
+    Unverified,
+    /// Encrypted, with a server whose certificate names it and comes from a trusted authority.
+    Verified {
+        /// File with authorities (PEM) that are trusted besides the usual ones, which docs/databases.md names.
+        ca_file: Option<PathBuf>,
+        /// The name expected in the certificate, if not the host's.
+        server_name: Option<String>,
+        /// TLS before the first byte of TDS (`Encrypt=Strict`, TDS 8); SQL Server only.
+        strict: bool,
+    },
+}
+
+impl Server {
+    /// Whether it runs on this machine.
+    pub fn is_local(&self) -> bool {
+        is_local(&self.host)
+    }
+}
 
 /// The engine that a connection string is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

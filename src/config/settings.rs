@@ -27,6 +27,9 @@ pub enum Kind {
     Secret,
 }
 
+/// Room for the largest bodies in memory: its bound must be at least this many times a body's.
+pub(crate) const LARGEST_SHARE: u64 = 8;
+
 const DAY_S: u64 = 24 * 60 * 60;
 const MIB: u64 = 1024 * 1024;
 pub(super) const MOST_CONNECTIONS: u64 = 1000;
