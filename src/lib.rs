@@ -19,9 +19,10 @@
 //! | [`redis`] | the one Redis pool |
 //! | [`database`] | the one database pool; the only place that names an engine |
 //! | `entra`, `finding` | tokens of the app's managed identity; what the doctor finds |
-//! | [`config`], [`telemetry`], [`background`] | settings, logs, tasks that must not die |
+//! | [`foreground`], [`background`] | the threads that answer requests, and tasks that must not die |
+//! | [`config`], [`telemetry`] | settings, logs |
 //!
-//! What always holds, and is tested: one load per key and instance (C1) and, while Redis answers, per cluster (C2); no
+//! What always holds, and is tested (docs/coherence.md): one load per key and instance (C1) and, while Redis answers, per cluster (C2); no
 //! load that began before an expiry is stored or shown after it (C3); an acknowledged expiry is in Redis and in the
 //! log (C4); nothing in the log is missed (C5); an instance that cannot hear trusts its memory for seconds only (C6);
 //! an expiry is never dropped (C7); no instances' clocks are compared (C8). Reads forgive the cache (S1), every wait
@@ -35,6 +36,7 @@ pub mod database;
 pub mod doctor;
 mod entra;
 mod finding;
+pub mod foreground;
 pub mod functions;
 pub mod product;
 pub mod redis;

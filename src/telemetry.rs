@@ -3,8 +3,16 @@
 //! The host turns a stdout line into Information, a stderr line that contains "warn" into Warning and any other stderr
 //! line into Error (functions host, `WorkerProcess`). Invariant: an event is one line, whatever its values hold.
 
-use std::io::{self, Write};
+use std::{
+    io::{self, Write},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
+use tokio::time::Instant;
 use tracing_subscriber::fmt::{MakeWriter, time::Uptime};
 
 use crate::config::Role;
@@ -25,6 +33,26 @@ pub fn init(level: &str, role: Role) {
         let message = panic.payload_as_str().unwrap_or("no message");
         tracing::error!(place, "panic: {message}");
     }));
+}
+
+/// Lets a message through once a second at most, so that an outage does not fill the log.
+#[derive(Default)]
+pub struct LogLimiter {
+    last: Mutex<Option<Instant>>,
+    unsaid: AtomicU64,
+}
+
+impl LogLimiter {
+    /// `Some` if it is time to say it, with how often it went unsaid since the last time.
+    pub fn next(&self) -> Option<u64> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.is_some_and(|last| last.elapsed() < Duration::from_secs(1)) {
+            self.unsaid.fetch_add(1, Ordering::Relaxed);
+            return None;
+        }
+        *last = Some(Instant::now());
+        Some(self.unsaid.swap(0, Ordering::Relaxed))
+    }
 }
 
 /// Chooses the stream by level.

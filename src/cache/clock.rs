@@ -14,7 +14,7 @@ const ASK_AGAIN: i64 = 1_000_000_000;
 const UNKNOWN: i64 = i64::MIN;
 
 pub(super) struct Clock {
-    /// Nanoseconds from a moment here to Redis' time at that moment; at least as many as there are.
+    /// Redis' time minus ours, in nanoseconds. Never too small: Redis answered at the moment it was asked, or later.
     ahead: AtomicI64,
     asked: AtomicI64,
 }

@@ -29,11 +29,13 @@ pub struct Body {
 }
 
 impl Body {
-    /// The bytes with their ETag, and their `Last-Modified` as an HTTP date, if known.
+    /// The bytes with their ETag, and their `Last-Modified` as an IMF-fixdate (RFC 9110, section 5.6.7), if known: 29
+    /// characters. A text too long for one is left out.
     pub fn new(bytes: &[u8], last_modified: Option<&str>) -> Self {
-        let date = last_modified.unwrap_or_default();
+        let (date, length) =
+            last_modified.and_then(|date| Some((date, u8::try_from(date.len()).ok()?))).unwrap_or_default();
         let mut packed = Vec::with_capacity(1 + date.len() + ETAG + bytes.len());
-        packed.push(date.len() as u8); // an HTTP date has 29 characters
+        packed.push(length);
         packed.extend_from_slice(date.as_bytes());
         packed.extend_from_slice(&etag([bytes]));
         packed.extend_from_slice(bytes);

@@ -146,7 +146,7 @@ impl Queue {
 
 /// Delivers for ever.
 pub(super) async fn deliver(cache: Arc<Inner>) {
-    let Some(remote) = &cache.shared else { return std::future::pending().await };
+    let Some(remote) = &cache.remote else { return std::future::pending().await };
     let (shortest, longest) = RETRY_PAUSE;
     let mut pause = shortest;
     loop {
@@ -157,7 +157,8 @@ pub(super) async fn deliver(cache: Arc<Inner>) {
         match attempt(remote, &scope, cache.floor()).await {
             Ok(floor) => {
                 cache.raise(floor);
-                // Fills from what Redis held until now came in meanwhile; from now on it holds nothing older.
+                // Until now a flight could take the old entry from Redis, so once more; from now on Redis does not hold it
+                // as fresh.
                 cache.expire_here(&scope);
                 cache.queue.remove(&scope, number);
                 pause = shortest;

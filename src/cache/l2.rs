@@ -36,7 +36,7 @@ if b ~= '' and fresh_until and now < fresh_until and above and (max_age < 0 or a
 end
 local stale = want_stale == '1' and b or ''
 local only_old = fresh_until and above and 1 or 0
--- One that begins in a second or later: the clock was set back, and it would last longer than was meant.
+-- A lease taken more than a second in the future: the clock was set back since, and it would outlast its term.
 local given = tonumber(string.sub(v[5] or '', 1, 14)) or now
 if v[3] and now < tonumber(v[4]) and given <= now + 1000 then return {'leased', age, only_old, took, stale} end
 redis.call('HSET', KEYS[1], 't', token, 'u', now + lease, 'a', string.format('%014d%010d', now, known))
@@ -80,7 +80,7 @@ impl Token {
 }
 
 /// An entry as Redis has it.
-pub(super) struct Copy {
+pub(super) struct CachedCopy {
     pub(super) entry: entry::Entry,
     /// Since its load began.
     pub(super) age: Duration,
@@ -95,11 +95,11 @@ pub(super) struct Copy {
 /// What Redis says about a key.
 pub(super) enum Read {
     /// Usable.
-    Fresh(Copy),
+    Fresh(CachedCopy),
     /// Another instance is loading it.
-    Leased(Option<Copy>),
+    Leased(Option<CachedCopy>),
     /// The caller is to load it.
-    Yours(Token, Option<Copy>),
+    Yours(Token, Option<CachedCopy>),
     /// What is under this name is none of ours: the caller is to load it, and cannot store it.
     Unusable,
 }
@@ -107,11 +107,25 @@ pub(super) enum Read {
 /// What a look at a key shows.
 pub(super) enum Seen {
     /// Usable.
-    Fresh(Copy),
+    Fresh(CachedCopy),
     /// Another instance is loading it.
     Leased,
     /// Neither, as far as can be seen.
     Neither,
+}
+
+/// Whether a look tells others' leases apart from nothing.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Leases {
+    Ignored,
+    Told,
+}
+
+/// Whether stale copies, for fail-safe, come along with a lease.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum StaleCopies {
+    Unwanted,
+    Wanted,
 }
 
 /// What became of a fill.
@@ -157,16 +171,19 @@ impl L2 {
     }
 
     /// Reads all keys in one round trip, by the same rules as [`READ_OR_LEASE`], and takes no lease. `now_ms`: see
-    /// [`Clock`](super::clock::Clock); `want_leases`: others' are told apart.
+    /// [`Clock`](super::clock::Clock).
     pub(super) async fn read(
         &self,
         keys: &[Key],
         max_age: Option<Duration>,
         floor: Floor,
         now_ms: u64,
-        want_leases: bool,
+        leases: Leases,
     ) -> Result<Vec<Seen>, Error> {
-        let fields: &[&str] = if want_leases { &["b", "f", "u"] } else { &["b", "f"] };
+        let fields: &[&str] = match leases {
+            Leases::Told => &["b", "f", "u"],
+            Leases::Ignored => &["b", "f"],
+        };
         let commands = keys.iter().map(|key| {
             let mut command = redis::cmd("HMGET");
             command.arg(self.name(key)).arg(fields);
@@ -183,22 +200,22 @@ impl L2 {
         Ok(seen.map(|seen| seen.unwrap_or(Seen::Neither)).collect())
     }
 
-    /// Reads or leases all keys in one round trip. `max_age` accepts only younger entries; stale copies come
-    /// along if `want_stale`.
+    /// Reads or leases all keys in one round trip. `max_age` accepts only younger entries.
     pub(super) async fn read_or_lease(
         &self,
         keys: &[Key],
         max_age: Option<Duration>,
         floor: Floor,
-        want_stale: bool,
+        stale_copies: StaleCopies,
     ) -> Result<Vec<Read>, Error> {
-        let reads = self.try_read_or_lease(keys, max_age, floor, want_stale, false).await?;
+        let reads = self.try_read_or_lease(keys, max_age, floor, stale_copies).await?;
         let damaged: Vec<_> = keys.iter().zip(&reads).filter(|(_, read)| read.is_none()).map(|(key, _)| *key).collect();
         if damaged.is_empty() {
             return Ok(reads.into_iter().flatten().collect());
         }
-        // Once more for those, expiring them first so that they can be leased.
-        let mut again = self.try_read_or_lease(&damaged, max_age, floor, want_stale, true).await?.into_iter();
+        // Once more for those, expired so that they can be leased.
+        self.redis.send(damaged.iter().map(|key| self.expire(key)).collect()).await?;
+        let mut again = self.try_read_or_lease(&damaged, max_age, floor, stale_copies).await?.into_iter();
         let repaired = reads.into_iter().map(|read| read.or_else(|| again.next().flatten()));
         Ok(repaired.map(|read| read.unwrap_or(Read::Leased(None))).collect())
     }
@@ -209,18 +226,14 @@ impl L2 {
         keys: &[Key],
         max_age: Option<Duration>,
         floor: Floor,
-        want_stale: bool,
-        expire_first: bool,
+        stale_copies: StaleCopies,
     ) -> Result<Vec<Option<Read>>, Error> {
         let tokens: Vec<_> = keys.iter().map(|_| Token::draw()).collect();
         let max_age_ms = max_age.map_or(-1, |age| i64::try_from(age.as_millis()).unwrap_or(i64::MAX));
-        if expire_first {
-            self.redis.send(keys.iter().map(|key| self.expire(key)).collect()).await?;
-        }
         let calls = keys.iter().zip(&tokens).map(|(key, token)| {
             let mut call = self.read_or_lease.call(&self.name(key));
             call.arg(&token.0).arg(self.lease.as_millis() as u64).arg(max_age_ms);
-            call.arg(floor.ms).arg(floor.generation).arg(u8::from(want_stale));
+            call.arg(floor.ms).arg(floor.generation).arg(u8::from(stale_copies == StaleCopies::Wanted));
             call
         });
         let replies = self.redis.send_script(&self.read_or_lease, calls.collect()).await?;
@@ -279,8 +292,8 @@ impl L2 {
         self.redis.remove_unless("hash", keys.iter().map(|key| self.name(key)).collect()).await;
     }
 
-    /// A text kept under a name that is no entry's.
-    pub(super) async fn note(&self, name: &str) -> Result<Option<String>, Error> {
+    /// A position kept under a name that is no entry's.
+    pub(super) async fn checkpoint(&self, name: &str) -> Result<Option<String>, Error> {
         let mut command = redis::cmd("GET");
         command.arg(self.config.key(name));
         let reply = self.redis.send(vec![command]).await?.into_iter().next();
@@ -289,9 +302,9 @@ impl L2 {
     }
 
     /// Keeps it; `false` if Redis cannot be reached.
-    pub(super) async fn keep_note(&self, name: &str, text: &str) -> bool {
+    pub(super) async fn keep_checkpoint(&self, name: &str, position: &str) -> bool {
         let mut command = redis::cmd("SET");
-        command.arg(self.config.key(name)).arg(text);
+        command.arg(self.config.key(name)).arg(position);
         self.redis.send(vec![command]).await.is_ok_and(|replies| replies.iter().all(Result::is_ok))
     }
 
@@ -317,7 +330,7 @@ fn seen(key: &Key, reply: Value, now_ms: u64, wants: &impl Fn(u64, u64) -> bool)
         if !wants(loaded_ms, generation) {
             return None;
         }
-        Some(Copy {
+        Some(CachedCopy {
             entry: entry::decode(key, stored.slice(TOOK.end..))?,
             age: Duration::from_millis(now_ms.saturating_sub(loaded_ms)),
             left: Duration::from_millis(left_ms),
@@ -340,7 +353,7 @@ fn read(key: &Key, token: Token, reply: Value) -> Option<Read> {
     let Ok((state, age_ms, left_ms, took_ms, stored)) = reply else { return Some(Read::Unusable) };
     let fresh = state == "fresh";
     let envelope = (stored.len() > TOOK.end).then(|| Bytes::from(stored).slice(TOOK.end..));
-    let copy = envelope.and_then(|envelope| entry::decode(key, envelope)).map(|entry| Copy {
+    let copy = envelope.and_then(|envelope| entry::decode(key, envelope)).map(|entry| CachedCopy {
         entry,
         age: Duration::from_millis(age_ms),
         left: Duration::from_millis(if fresh { left_ms } else { 0 }),

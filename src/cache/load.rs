@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::{
     Entry, Failure, How, Inner, Key, Level, Load,
     gate::Outcome,
-    l2::{Copy, Fill, Filled, L2, Read, Seen, Token},
+    l2::{CachedCopy, Fill, Filled, L2, Leases, Read, Seen, StaleCopies, Token},
     memory::{Guard, Moment, Purpose, Stored, duration, span},
 };
 
@@ -26,7 +26,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(1);
 const PART_OF_WAIT: u32 = 16;
 
 /// A flight on its way.
-struct Under {
+struct Pending {
     guard: Guard,
     /// The right to fill Redis; without it only memory is filled.
     token: Option<Token>,
@@ -35,7 +35,7 @@ struct Under {
     past_redis: bool,
 }
 
-impl From<Guard> for Under {
+impl From<Guard> for Pending {
     fn from(guard: Guard) -> Self {
         Self { guard, token: None, stale: None, past_redis: false }
     }
@@ -43,69 +43,69 @@ impl From<Guard> for Under {
 
 /// Ends every one of these flights.
 pub(super) async fn run(cache: Arc<Inner>, guards: Vec<Guard>, load: Load) {
-    let others = look_for_fresh(&cache, guards).await;
+    let others = land_fresh(&cache, guards).await;
     if !others.is_empty() {
         Box::pin(lease_and_load(cache, others, load)).await; // most flights end before, and need not carry it
     }
 }
 
 /// Ends those of these flights whose entry is fresh in Redis; returns the others.
-async fn look_for_fresh(cache: &Inner, guards: Vec<Guard>) -> Vec<Under> {
-    let mut flights: Vec<_> = guards.into_iter().map(Under::from).collect();
-    let Some(remote) = &cache.shared else { return flights };
+async fn land_fresh(cache: &Inner, guards: Vec<Guard>) -> Vec<Pending> {
+    let mut flights: Vec<_> = guards.into_iter().map(Pending::from).collect();
+    let Some(remote) = &cache.remote else { return flights };
     cache.first_hearing().await;
     // What was expired here was expired there, too, and what is to be refreshed has to be leased.
     let unknown = |guard: &Guard| cache.trusts_redis_with(&guard.key) && !cache.memory.holds(&guard.key);
-    let mut others: Vec<_> = flights.extract_if(.., |under| !unknown(&under.guard)).collect();
-    match see(cache, &remote.l2, flights, false).await {
+    let mut others: Vec<_> = flights.extract_if(.., |pending| !unknown(&pending.guard)).collect();
+    match read_fresh(cache, &remote.l2, flights, Leases::Ignored).await {
         Ok((free, _)) => others.extend(free),
-        Err(unseen) => others.extend(unseen.into_iter().map(|under| Under { past_redis: true, ..under })),
+        Err(unseen) => others.extend(unseen.into_iter().map(|pending| Pending { past_redis: true, ..pending })),
     }
     others
 }
 
-/// Looks at these keys in Redis, once: ends what is fresh there; returns what nobody is loading, and, if `want_leases`,
+/// Looks at these keys in Redis, once: ends what is fresh there; returns what nobody is loading, and, if `leases` are told,
 /// what others are. `Err`: Redis does not answer; the keeper says what is wrong with the connection.
-async fn see(
+async fn read_fresh(
     cache: &Inner,
     l2: &L2,
-    flights: Vec<Under>,
-    want_leases: bool,
-) -> Result<(Vec<Under>, Vec<Under>), Vec<Under>> {
+    flights: Vec<Pending>,
+    leases: Leases,
+) -> Result<(Vec<Pending>, Vec<Pending>), Vec<Pending>> {
     let sent = cache.memory.now();
     let (Some(first), Some(now_ms)) = (flights.first(), cache.clock.redis_ms(sent)) else {
         return Ok((flights, Vec::new())); // the script asks for the time itself
     };
     let max_age = first.guard.flight.max_age;
-    let keys: Vec<_> = flights.iter().map(|under| under.guard.key).collect();
-    let Ok(seen) = l2.read(&keys, max_age, cache.floor(), now_ms, want_leases).await else { return Err(flights) };
+    let keys: Vec<_> = flights.iter().map(|pending| pending.guard.key).collect();
+    let Ok(seen) = l2.read(&keys, max_age, cache.floor(), now_ms, leases).await else { return Err(flights) };
     let (mut free, mut leased) = (Vec::new(), Vec::new());
-    for (under, seen) in flights.into_iter().zip(seen) {
+    for (pending, seen) in flights.into_iter().zip(seen) {
         match seen {
-            Seen::Fresh(copy) => land_copy(cache, under.guard, copy, sent),
-            Seen::Leased => leased.push(under),
-            Seen::Neither => free.push(under),
+            Seen::Fresh(copy) => land_copy(cache, pending.guard, copy, sent),
+            Seen::Leased => leased.push(pending),
+            Seen::Neither => free.push(pending),
         }
     }
     Ok((free, leased))
 }
 
 /// Ends a flight with what Redis holds, as of `sent`.
-fn land_copy(cache: &Inner, guard: Guard, copy: Copy, sent: Moment) {
+fn land_copy(cache: &Inner, guard: Guard, copy: CachedCopy, sent: Moment) {
     // Redis counts whole milliseconds, so its entry is up to one older than it says.
     let born = sent - span(copy.age + Duration::from_millis(1));
     let fresh = copy.left.min(duration_of(&copy.entry, cache.config.l1_duration, cache));
     let life = [born, cache.memory.known(born, sent), sent.saturating_add(span(fresh))];
     let stored = cache.memory.stored(&copy.entry, life, copy.took, &guard.flight);
-    guard.land(stored, How::hit(Level::Redis), true, false);
+    guard.land(stored, How::hit(Level::Redis));
 }
 
-async fn lease_and_load(cache: Arc<Inner>, flights: Vec<Under>, load: Load) {
-    let asks_redis = |under: &Under| cache.trusts_redis_with(&under.guard.key) && !under.past_redis;
+async fn lease_and_load(cache: Arc<Inner>, flights: Vec<Pending>, load: Load) {
+    let asks_redis = |pending: &Pending| cache.trusts_redis_with(&pending.guard.key) && !pending.past_redis;
     let (shared, local): (Vec<_>, Vec<_>) = flights.into_iter().partition(asks_redis);
-    match &cache.shared {
+    match &cache.remote {
         Some(remote) if !shared.is_empty() => {
-            let (ours, theirs) = look(&cache, &remote.l2, shared, true).await;
+            let (ours, theirs) = read_or_lease(&cache, &remote.l2, shared, StaleCopies::Wanted).await;
             let load_theirs = load_late(&cache, &remote.l2, (Instant::now(), theirs), &load);
             tokio::join!(load_all(&cache, ours, &load), load_theirs, load_all(&cache, local, &load));
         }
@@ -114,35 +114,40 @@ async fn lease_and_load(cache: Arc<Inner>, flights: Vec<Under>, load: Load) {
 }
 
 /// Asks Redis once: ends what is fresh there; returns what is to be loaded, and what others are loading.
-async fn look(cache: &Arc<Inner>, l2: &L2, flights: Vec<Under>, want_stale: bool) -> (Vec<Under>, Vec<Under>) {
-    let keys: Vec<_> = flights.iter().map(|under| under.guard.key).collect();
-    let max_age = flights.first().and_then(|under| under.guard.flight.max_age);
+async fn read_or_lease(
+    cache: &Arc<Inner>,
+    l2: &L2,
+    flights: Vec<Pending>,
+    stale_copies: StaleCopies,
+) -> (Vec<Pending>, Vec<Pending>) {
+    let keys: Vec<_> = flights.iter().map(|pending| pending.guard.key).collect();
+    let max_age = flights.first().and_then(|pending| pending.guard.flight.max_age);
     let sent = cache.memory.now();
-    let reads = match l2.read_or_lease(&keys, max_age, cache.floor(), want_stale).await {
+    let reads = match l2.read_or_lease(&keys, max_age, cache.floor(), stale_copies).await {
         Ok(reads) => reads,
         Err(_) => return (flights, Vec::new()), // the keeper says what is wrong with the connection
     };
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    for (mut under, read) in flights.into_iter().zip(reads) {
-        let keep = |under: &mut Under, copy: Option<Copy>| {
-            let Some(Copy { entry, age, only_old, .. }) = copy else { return };
-            let stale = cache.memory.stale_copy(&entry, age, !only_old, &under.guard.flight);
+    for (mut pending, read) in flights.into_iter().zip(reads) {
+        let keep = |pending: &mut Pending, copy: Option<CachedCopy>| {
+            let Some(CachedCopy { entry, age, only_old, .. }) = copy else { return };
+            let stale = cache.memory.stale_copy(&entry, age, !only_old, &pending.guard.flight);
             if only_old {
-                under.guard.flight.offer(stale.clone());
+                pending.guard.flight.offer(stale.clone());
             }
-            under.stale = Some(stale);
+            pending.stale = Some(stale);
         };
         match read {
-            Read::Fresh(copy) => land_copy(cache, under.guard, copy, sent),
+            Read::Fresh(copy) => land_copy(cache, pending.guard, copy, sent),
             Read::Yours(token, stale) => {
-                under.token = Some(token);
-                keep(&mut under, stale);
-                ours.push(under);
+                pending.token = Some(token);
+                keep(&mut pending, stale);
+                ours.push(pending);
             }
-            Read::Unusable => ours.push(under),
+            Read::Unusable => ours.push(pending),
             Read::Leased(stale) => {
-                keep(&mut under, stale);
-                theirs.push(under);
+                keep(&mut pending, stale);
+                theirs.push(pending);
             }
         }
     }
@@ -168,20 +173,20 @@ async fn load_late(cache: &Arc<Inner>, l2: &L2, mut waiting: Waiting, load: &Loa
 }
 
 /// Flights whose keys other instances load, and since when they are waited for.
-type Waiting = (Instant, Vec<Under>);
+type Waiting = (Instant, Vec<Pending>);
 
 /// Waits for other instances' loads; returns what is to be loaded after all, because its lease came free or nobody
 /// delivered, and what is still to be waited for; `None` when that was all.
-async fn wait(cache: &Arc<Inner>, l2: &L2, (began, mut theirs): Waiting) -> Option<(Vec<Under>, Waiting)> {
+async fn wait(cache: &Arc<Inner>, l2: &L2, (began, mut theirs): Waiting) -> Option<(Vec<Pending>, Waiting)> {
     while !theirs.is_empty() && began.elapsed() < cache.config.lease_wait {
         sleep((began.elapsed() / PART_OF_WAIT).max(LOOK_AGAIN)).await;
         let free;
-        (free, theirs) = match see(cache, l2, theirs, true).await {
+        (free, theirs) = match read_fresh(cache, l2, theirs, Leases::Told).await {
             Ok(seen) => seen,
             Err(unseen) => return Some((unseen, (began, Vec::new()))),
         };
         if !free.is_empty() {
-            let (ours, leased) = look(cache, l2, free, false).await;
+            let (ours, leased) = read_or_lease(cache, l2, free, StaleCopies::Unwanted).await;
             theirs.extend(leased);
             if !ours.is_empty() {
                 return Some((ours, (began, theirs)));
@@ -189,17 +194,17 @@ async fn wait(cache: &Arc<Inner>, l2: &L2, (began, mut theirs): Waiting) -> Opti
         }
     }
     // A refresh that another instance did not deliver is dropped: what is in memory is still fresh.
-    theirs.retain(|under| under.guard.flight.purpose == Purpose::Miss);
+    theirs.retain(|pending| pending.guard.flight.purpose == Purpose::Miss);
     (!theirs.is_empty()).then_some((theirs, (began, Vec::new())))
 }
 
 /// Loads all of these in one query and ends their flights.
-async fn load_all(cache: &Arc<Inner>, flights: Vec<Under>, load: &Load) {
+async fn load_all(cache: &Arc<Inner>, flights: Vec<Pending>, load: &Load) {
     if flights.is_empty() {
         return;
     }
     let born = cache.memory.now();
-    let keys: Vec<_> = flights.iter().map(|under| under.guard.key).collect();
+    let keys: Vec<_> = flights.iter().map(|pending| pending.guard.key).collect();
     let attempt = async {
         let permit = cache.gate.enter().await?;
         let attempt = AssertUnwindSafe(async { load(keys).await }).catch_unwind();
@@ -217,38 +222,38 @@ async fn load_all(cache: &Arc<Inner>, flights: Vec<Under>, load: &Load) {
     };
     let mut found: HashMap<Key, Result<Entry, Failure>> = entries.into_iter().collect();
     let mut loaded = Vec::with_capacity(flights.len());
-    for under in flights {
-        match found.remove(&under.guard.key).unwrap_or(Ok(Entry::Absent)) {
-            Ok(entry) => loaded.push((under, entry)),
-            Err(failure) => fail_all(cache, vec![under], failure).await,
+    for pending in flights {
+        match found.remove(&pending.guard.key).unwrap_or(Ok(Entry::Absent)) {
+            Ok(entry) => loaded.push((pending, entry)),
+            Err(failure) => fail_all(cache, vec![pending], failure).await,
         }
     }
     fill_all(cache, loaded, born).await;
 }
 
 /// Offers the loaded entries to Redis, then to memory, and answers the readers.
-async fn fill_all(cache: &Arc<Inner>, loaded: Vec<(Under, Entry)>, born: i64) {
+async fn fill_all(cache: &Arc<Inner>, loaded: Vec<(Pending, Entry)>, born: i64) {
     let sent = cache.memory.now();
     let took = duration(sent - born);
     let mut filled = vec![Filled::Unknown; loaded.len()];
-    if let Some(remote) = &cache.shared {
-        let storable = |under: &Under, entry: &Entry| {
-            let may = cache.memory.accepts(entry.packed()) && !cache.queue.has(&under.guard.key);
-            under.token.is_some() && may
+    if let Some(remote) = &cache.remote {
+        let storable = |pending: &Pending, entry: &Entry| {
+            let may = cache.memory.accepts(entry.packed()) && !cache.queue.has(&pending.guard.key);
+            pending.token.is_some() && may
         };
-        let storable: Vec<_> = loaded.iter().map(|(under, entry)| storable(under, entry)).collect();
+        let storable: Vec<_> = loaded.iter().map(|(pending, entry)| storable(pending, entry)).collect();
         let (indices, fills): (Vec<_>, Vec<_>) = loaded
             .iter()
             .enumerate()
             .filter(|(index, _)| storable[*index])
-            .filter_map(|(index, (under, entry))| {
-                let token = under.token.as_ref()?;
+            .filter_map(|(index, (pending, entry))| {
+                let token = pending.token.as_ref()?;
                 let fresh = duration_of(entry, cache.config.l2_duration, cache);
                 let keep = match entry {
                     Entry::Found(_) => fresh + cache.config.fail_safe_max,
                     Entry::Absent => fresh,
                 };
-                Some((index, Fill { key: under.guard.key, token, entry, fresh, keep }))
+                Some((index, Fill { key: pending.guard.key, token, entry, fresh, keep }))
             })
             .unzip();
         if !fills.is_empty() {
@@ -256,29 +261,33 @@ async fn fill_all(cache: &Arc<Inner>, loaded: Vec<(Under, Entry)>, born: i64) {
                 filled[index] = outcome;
             }
         }
-        let refused = loaded.iter().zip(&storable).filter(|(_, storable)| !**storable).map(|((under, _), _)| under);
-        remote.l2.release(refused.filter_map(|under| Some((under.guard.key, under.token.as_ref()?)))).await;
+        let refused = loaded.iter().zip(&storable).filter(|(_, storable)| !**storable).map(|((pending, _), _)| pending);
+        remote.l2.release(refused.filter_map(|pending| Some((pending.guard.key, pending.token.as_ref()?)))).await;
     }
-    for ((under, entry), filled) in loaded.into_iter().zip(filled) {
+    for ((pending, entry), filled) in loaded.into_iter().zip(filled) {
         let fresh = duration_of(&entry, cache.config.l1_duration, cache);
         let known = if filled == Filled::Stored { cache.memory.known(born, sent) } else { born };
         let life = [born, known, cache.memory.now().saturating_add(span(fresh))];
-        let stored = cache.memory.stored(&entry, life, took, &under.guard.flight);
-        under.guard.land(stored, How::hit(Level::Database), true, filled == Filled::Revoked);
+        let stored = cache.memory.stored(&entry, life, took, &pending.guard.flight);
+        let how = How::hit(Level::Database);
+        match filled {
+            Filled::Revoked => pending.guard.land_overtaken(stored, how),
+            Filled::Stored | Filled::Unknown => pending.guard.land(stored, how),
+        }
     }
 }
 
 /// Ends these flights with what is left: a stale copy each, or the failure.
-async fn fail_all(cache: &Arc<Inner>, flights: Vec<Under>, failure: Failure) {
+async fn fail_all(cache: &Arc<Inner>, flights: Vec<Pending>, failure: Failure) {
     if let Some(unsaid) = cache.failures.next() {
         tracing::error!(keys = flights.len(), %failure, unsaid, "cannot load");
     }
     let mut leases = Vec::new();
-    for under in flights {
-        leases.extend(under.token.map(|token| (under.guard.key, token)));
-        under.guard.fail(failure.clone(), under.stale);
+    for pending in flights {
+        leases.extend(pending.token.map(|token| (pending.guard.key, token)));
+        pending.guard.fail(failure.clone(), pending.stale);
     }
-    if let Some(remote) = &cache.shared {
+    if let Some(remote) = &cache.remote {
         remote.l2.release(leases.iter().map(|(key, token)| (*key, token))).await;
     }
 }

@@ -52,9 +52,9 @@ return {id, floor, generation}
 /// How long one blocking read waits: also how often an idle log is checked for having been reset, and how long a
 /// silent instance's trust in its memory lags behind.
 const BLOCK: Duration = Duration::from_secs(1);
-/// Pause after a read that brought notices. Asking for the next costs as much as hearing these did, and while an instance
-/// asks, on few cores others have not heard yet, nor has whoever waits for the acknowledgement. What comes meanwhile is
-/// read together, up to two milliseconds later than it could be: timers round up.
+/// Pause after a read that brought notices. To ask again at once would, on few cores, delay the other readers and the
+/// acknowledgement that the author waits for. Notices that follow come in one read, at most two milliseconds later: timers
+/// round up.
 const PAUSE: Duration = Duration::from_millis(1);
 /// Notices per read: bounds memory; more is read at once.
 const PAGE: usize = 200;
@@ -108,7 +108,8 @@ impl Floor {
 pub(super) struct Heard {
     pub(super) news: Vec<News>,
     pub(super) floor: Floor,
-    /// As high as notices say themselves (its milliseconds): whoever raised it so far made what is in Redis stale for all.
+    /// The highest floor that a notice states itself (its milliseconds), not one assumed of an unreadable notice: it shows
+    /// that an instance has made stale all that is in Redis below.
     pub(super) said_ms: u64,
     /// Nothing more was in the log when this read was sent.
     pub(super) caught_up: bool,
@@ -232,7 +233,7 @@ impl Log {
         Ok(self.readable(position, &text).unwrap_or(Notice {
             position,
             previous: None,
-            // It cannot have raised the floor any higher.
+            // A floor is Redis' time when the notice was appended, so it cannot state more than its own id.
             floor: Floor { ms: position.ms, generation: 0 },
             own: false,
             scope: Scope::Everything,

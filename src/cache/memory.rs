@@ -4,13 +4,14 @@
 //! Knows neither Redis nor the database. Invariants: C1, at most one joinable flight per key; C3, a flight's result is
 //! kept only if its key was not expired since the flight began, whatever came first.
 
+mod flight;
 #[cfg(all(test, feature = "shuttle"))]
 mod interleavings;
+mod stored;
 
 use std::{
     collections::HashMap,
     hash::BuildHasher,
-    ops::Deref,
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -26,76 +27,21 @@ use self::primitives::{
     Mutex, MutexGuard,
     atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
 };
-use bytes::Bytes;
-use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter, sync};
+use quick_cache::{DefaultHashBuilder, OptionsBuilder, sync};
 use tokio::{sync::Notify, time::Instant};
-use triomphe::ThinArc;
 
-use super::{Answer, Failure, How, Key, Level, Stale, entry::Entry};
+use self::stored::{Footprint, Life, footprint};
+pub(super) use self::{
+    flight::{Flight, Purpose},
+    stored::{Moment, Stored, duration, span},
+};
+use super::{Answer, Entry, Failure, How, Key, Level, Stale};
 use crate::config;
 
 /// Locks for the flights: far more than threads, so that two keys rarely meet.
 const LOCKS: usize = 64;
-/// What an entry takes of the process's memory: its bytes, some 190 of bookkeeping (`Stored`, the slot in quick_cache,
-/// the share of its index), and half on top for what the allocator rounds up and cannot use again at once. Measured as
-/// growth of the resident set with bodies of 0.4 to 4.5 kB in steady replacement; the test of that name repeats it.
-const fn footprint(bytes: u64) -> u64 {
-    (bytes + 190) * 3 / 2
-}
-
 /// No source of expiries to listen to.
 const NOT_NEEDED: i64 = i64::MAX;
-
-/// Nanoseconds since the process's cache was made; negative for what was loaded elsewhere before.
-pub(super) type Moment = i64;
-
-/// An entry in memory, and until when it is what: one allocation, which a hit reads from its start.
-#[derive(Clone, Debug)]
-pub(super) struct Stored(ThinArc<Life, u8>);
-
-#[derive(Debug)]
-pub(super) struct Life {
-    /// When the load that made it began.
-    pub(super) born: Moment,
-    /// Until when it is fresh if nothing expires it.
-    pub(super) fresh_until: Moment,
-    /// The moment up to which it is known not to be expired, unless expiries are heard.
-    known: Moment,
-    /// How long its load took.
-    took: i64,
-    epoch: u64,
-    expired: AtomicBool,
-    /// Until when no other attempt to load is made on its behalf; a stale copy is served meanwhile.
-    retry_at: AtomicI64,
-    /// The reason for that is a slow database, not a failing one.
-    slow: AtomicBool,
-}
-
-impl Stored {
-    /// What is stored; its bytes stay where they are.
-    pub(super) fn entry(&self) -> Entry {
-        if self.is_found() { Entry::from_packed(Bytes::from_owner(self.clone())) } else { Entry::Absent }
-    }
-
-    fn is_found(&self) -> bool {
-        !self.as_ref().is_empty()
-    }
-}
-
-impl Deref for Stored {
-    type Target = Life;
-
-    fn deref(&self) -> &Life {
-        &self.0.header.header
-    }
-}
-
-impl AsRef<[u8]> for Stored {
-    /// As [`Entry::packed`] gives them.
-    fn as_ref(&self) -> &[u8] {
-        &self.0.slice
-    }
-}
 
 /// Where expiries are heard from.
 #[derive(Clone, Copy, Debug)]
@@ -116,69 +62,6 @@ pub(super) enum Joined {
     Lead(Guard),
 }
 
-/// What a flight ends with. Every reader gets a clone.
-#[derive(Clone, Debug)]
-pub(super) struct Landed {
-    pub(super) result: Result<Answer, Failure>,
-    /// The key was expired while the flight was under way.
-    pub(super) overtaken: bool,
-}
-
-/// Why a flight is under way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Purpose {
-    /// Readers wait for it.
-    Miss,
-    /// What is in memory will end soon and is asked for often.
-    Refresh,
-}
-
-/// One load of one key.
-#[derive(Debug)]
-pub(super) struct Flight {
-    pub(super) began: Moment,
-    pub(super) max_age: Option<Duration>,
-    pub(super) purpose: Purpose,
-    /// A copy from Redis that merely grew old, for readers whose patience ends.
-    old: OnceLock<Stored>,
-    epoch: u64,
-    overtaken: AtomicBool,
-    landed: OnceLock<Landed>,
-    /// It has landed, or was overtaken.
-    has_news: Notify,
-}
-
-impl Flight {
-    /// Offers a copy that merely grew old to readers whose patience ends.
-    pub(super) fn offer(&self, old: Stored) {
-        let _ = self.old.set(old);
-    }
-
-    /// Waits for the end, which always comes: see [`Guard`]. `None`: it will be of no use to a reader who `arrived` then.
-    pub(super) async fn landed(&self, arrived: Moment) -> Option<Landed> {
-        loop {
-            let has_news = self.has_news.notified(); // from here on nothing is missed
-            if let Some(landed) = self.landed.get() {
-                return Some(landed.clone());
-            }
-            if self.overtaken.load(Ordering::Acquire) && self.began < arrived {
-                return None;
-            }
-            has_news.await;
-        }
-    }
-
-    fn overtake(&self) {
-        self.overtaken.store(true, Ordering::Release);
-        self.has_news.notify_waiters();
-    }
-
-    fn land(&self, result: Result<Answer, Failure>, overtaken: bool) {
-        let _ = self.landed.set(Landed { result, overtaken });
-        self.has_news.notify_waiters();
-    }
-}
-
 type Flights = HashMap<Key, Arc<Flight>, DefaultHashBuilder>;
 
 pub(super) struct Memory {
@@ -196,15 +79,6 @@ pub(super) struct Memory {
     unheard_max: i64,
     fail_safe_max: i64,
     max_body_bytes: usize,
-}
-
-#[derive(Clone)]
-struct Footprint;
-
-impl Weighter<Key, Stored> for Footprint {
-    fn weight(&self, _: &Key, stored: &Stored) -> u64 {
-        footprint(stored.as_ref().len() as u64)
-    }
 }
 
 impl Memory {
@@ -243,8 +117,9 @@ impl Memory {
         span(self.started.elapsed())
     }
 
-    /// Up to when something born then is known not to be expired if Redis held it as fresh, or under its lease, when it
-    /// was asked: an expiry of everything touches neither, and is heard.
+    /// The moment up to which an entry is known not to be expired. Redis still held it as fresh, or under its lease, when
+    /// it was `asked`, so no expiry of its key came before. An expiry of everything touches neither and is told by the
+    /// log alone: hence no later than the log was heard.
     pub(super) fn known(&self, born: Moment, asked: Moment) -> Moment {
         born.max(asked.min(self.heard[Source::Log as usize].load(Ordering::Relaxed)))
     }
@@ -267,7 +142,7 @@ impl Memory {
             retry_at: AtomicI64::new(Moment::MIN),
             slow: AtomicBool::new(false),
         };
-        Stored(ThinArc::from_header_and_slice(life, entry.packed()))
+        Stored::new(life, entry)
     }
 
     /// A copy that is no longer fresh; `expired` unless it merely grew old.
@@ -473,19 +348,24 @@ pub(super) struct Guard {
 }
 
 impl Guard {
-    /// Ends the flight with an entry, kept in memory if `keep` and if the key was not expired meanwhile. `overtaken`
-    /// says that the caller knows of such an expiry.
-    pub(super) fn land(self, stored: Stored, how: How, keep: bool, overtaken: bool) {
+    /// Ends the flight with an entry, kept in memory if the key was not expired meanwhile.
+    pub(super) fn land(self, stored: Stored, how: How) {
         let mut flights = self.memory.flights(&self.key);
-        let left_in_time = self.leave(&mut flights);
-        let overtaken = overtaken || !left_in_time;
-        let kept = keep && !overtaken && self.memory.accepts(stored.as_ref());
+        let overtaken = !self.leave(&mut flights);
+        let kept = !overtaken && self.memory.accepts(stored.as_ref());
         if kept {
             self.memory.entries.insert(self.key, stored.clone());
         }
         drop(flights);
         let answer = Answer::new(stored, How { stored: kept, ..how }, self.memory.now());
         self.flight.land(Ok(answer), overtaken);
+    }
+
+    /// Ends the flight with an entry that may be older than an expiry, which others know of.
+    pub(super) fn land_overtaken(self, stored: Stored, how: How) {
+        self.leave(&mut self.memory.flights(&self.key));
+        let answer = Answer::new(stored, how, self.memory.now());
+        self.flight.land(Ok(answer), true);
     }
 
     /// Ends the flight with a failure: a stale copy, if there is one, is the answer until the throttle's time is over.
@@ -525,14 +405,4 @@ impl Drop for Guard {
             self.flight.land(Err(Failure::Broken("the load was abandoned".to_owned())), true);
         }
     }
-}
-
-/// A duration as a difference of moments.
-pub(super) fn span(duration: Duration) -> i64 {
-    i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX)
-}
-
-/// A difference of moments as a duration; a negative one is none.
-pub(super) fn duration(span: i64) -> Duration {
-    Duration::from_nanos(u64::try_from(span).unwrap_or(0))
 }

@@ -280,8 +280,8 @@ fn rescaled(mut decimal: Decimal, scale: u32) -> Result<Value, &'static str> {
     if decimal.scale() == scale { Ok(Value::Decimal(decimal)) } else { Err("has more than 28 digits") }
 }
 
-/// After which a server itself ends a query that nobody waits for any more: a little later than who waited gave up, so
-/// that it is always he who says so.
+/// How long the server itself lets a query run: a little longer than the handler waits, so that it is the handler's bound
+/// that is reported.
 fn server_side(query_timeout: Duration) -> Duration {
     query_timeout + Duration::from_secs(1)
 }

@@ -232,7 +232,7 @@ async fn listen_once(options: &PgConnectOptions, table: &'static Table, heard: &
     let channel = format!("{}_change", table.name);
     timeout(BEGIN, listener.listen(&channel)).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))?;
     loop {
-        // First of all: nobody was told of what was committed until now.
+        // Before the first wait, too: what was committed before LISTEN took effect notified nobody.
         heard.notify_one();
         let Ok(heard) = timeout(SILENCE, listener.try_recv()).await else { return Ok(()) };
         if heard?.is_none() {

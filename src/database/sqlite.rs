@@ -97,7 +97,7 @@ impl Connect for Opener {
     }
 
     async fn close(&self, Session { connection, end }: Session) {
-        // The last to leave a file takes its log along.
+        // SQLite deletes the file's -wal when its last connection closes in order.
         let _ = connection.close().await;
         drop(end);
     }

@@ -20,8 +20,8 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Least time between two looks, where the engine tells of commits; and before the first.
 const SHORTEST: Duration = Duration::from_millis(10);
-/// What the position is kept under.
-const NOTE: &str = "feed";
+/// What the position is kept under in Redis.
+const CHECKPOINT: &str = "feed";
 
 /// Follows the feed for ever.
 pub(super) async fn follow(app: Arc<App>, interval: Duration) {
@@ -75,16 +75,16 @@ impl Follower<'_> {
         if self.position.is_none() {
             self.position = Some(self.app.database.latest_change(&product::TABLE).await?);
             // What was read into memory before there was a position may have changed since.
-            cache.forget_memory();
+            cache.expire_everything_here();
         }
         let (mut resumed, mut everything) = (self.resumed, false);
-        if !resumed && let Ok(kept) = cache.note(NOTE).await {
+        if !resumed && let Ok(kept) = cache.checkpoint(CHECKPOINT).await {
             // Changes since then were told to nobody, unless by another instance; some are repeated.
             match kept {
                 Some(kept) => {
                     self.position = Some(kept.into());
                     // It may be later than ours was, and what lies between was not told here.
-                    cache.forget_memory();
+                    cache.expire_everything_here();
                 }
                 None => everything = true,
             }
@@ -111,7 +111,7 @@ impl Follower<'_> {
         match expired {
             // An earlier expiry may still be on its way: whoever comes after this process must not begin behind it.
             Ok(()) if self.resumed && cache.owes_nothing() && self.kept.as_ref() != Some(position) => {
-                if cache.keep_note(NOTE, &position.to_string()).await {
+                if cache.keep_checkpoint(CHECKPOINT, &position.to_string()).await {
                     self.kept = Some(position.clone());
                 }
             }
@@ -123,8 +123,8 @@ impl Follower<'_> {
 
     /// Those of these keys that no other instance has told: those that have changed since the position that is kept.
     async fn untold(&self, keys: Vec<Key>) -> Vec<Key> {
-        let Ok(Some(note)) = self.app.cache.note(NOTE).await else { return keys };
-        let kept = Position::from(note);
+        let Ok(Some(checkpoint)) = self.app.cache.checkpoint(CHECKPOINT).await else { return keys };
+        let kept = Position::from(checkpoint);
         if self.kept.as_ref() == Some(&kept) {
             return keys; // and before these changes
         }

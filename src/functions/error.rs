@@ -69,7 +69,7 @@ impl Error {
         }
     }
 
-    /// The response, to which headers may be added with [`HttpResponseBuilder`]; `invocation` is the host's id of it.
+    /// The response; `invocation` is the host's id of the request.
     pub fn response(&self, invocation: Option<&str>) -> HttpResponse {
         #[derive(Serialize)]
         struct Problem<'a> {

@@ -35,10 +35,11 @@ use tokio::runtime::Handle;
 
 pub use self::error::Error;
 use crate::{
-    background::{self, Foreground, Task, keep_running},
+    background::{self, Task, keep_running},
     cache::{Answer, Cache, Entry, Failure, Feed, Key, Level, Load, entry::Body},
     config::Config,
     database::Database,
+    foreground::Foreground,
     product,
     redis::Redis,
 };
@@ -322,6 +323,7 @@ impl App {
                 "logPosition": cache.log_position.map(|position| position.to_string()),
                 "logUnheardSeconds": seconds(cache.log_unheard_for),
                 "expiriesQueued": cache.expiries_queued,
+                "everythingQueued": cache.everything_queued,
             })),
             "changeFeed": self.database.feed_interval().map(|interval| json!({
                 "intervalSeconds": interval.as_secs_f64(),

@@ -35,8 +35,9 @@ use self::{
     nodes::{Found, Nodes},
 };
 use crate::{
-    background::{Foreground, Task, keep_running},
+    background::{Task, keep_running},
     config::{self, Secret},
+    foreground::Foreground,
 };
 
 /// Answers that may be missing in a row before a connection counts as dead. One late answer is a hiccup; three are a

@@ -10,9 +10,9 @@ use std::{
 };
 
 use product_cache::{
-    background::Foreground,
     cache::{Answer, Cache, Entry, Failure, Feed, Key, Load, entry::Body},
     config::Config,
+    foreground::Foreground,
     redis::Redis,
 };
 use tokio::{runtime::Handle, sync::watch, task::JoinHandle, time::timeout};

@@ -123,7 +123,8 @@ async fn a_user_with_no_more_rights_than_documented_can_do_all_there_is_to_do() 
     truth.fail(true);
     assert!(first.try_read(3).await.is_err(), "and its lease is given back");
     assert!(
-        first.cache.keep_note("n", "text").await && second.cache.note("n").await.unwrap().as_deref() == Some("text")
+        first.cache.keep_checkpoint("n", "text").await
+            && second.cache.checkpoint("n").await.unwrap().as_deref() == Some("text")
     );
 
     let log: Vec<redis::Value> = redis::from_redis_value(server.command(&["ACL", "LOG"]).await).unwrap();

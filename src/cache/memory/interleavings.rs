@@ -19,8 +19,8 @@ use shuttle::{
 
 use super::*;
 use crate::{
-    background::Foreground,
     cache::{Cache, Feed, Load, entry::Body},
+    foreground::Foreground,
 };
 
 /// Orders that each scheduler tries per test; `INTERLEAVINGS` asks for more.
@@ -318,7 +318,7 @@ fn a_reader_out_of_patience_gets_what_is_old_but_never_what_was_expired() {
         }
         if let Some(guard) = lead {
             let loaded = memory.stored(&entry(world.row(0)), [memory.now(); 3], Duration::ZERO, &flight);
-            guard.land(loaded, How::hit(Level::Database), true, false);
+            guard.land(loaded, How::hit(Level::Database));
         }
     }
     let change = || part(|world| (0..2).for_each(|_| world.change(0, |memory| memory.expire(&key(0)))));
@@ -353,7 +353,7 @@ fn an_abandoned_flight_wakes_its_readers_and_one_of_them_leads() {
                 Some(guard) => {
                     let life = [memory.now(), memory.now(), memory.now() + span(LONG)];
                     let loaded = memory.stored(&entry(world.row(0)), life, Duration::ZERO, &flight);
-                    guard.land(loaded, How::hit(Level::Database), true, false);
+                    guard.land(loaded, How::hit(Level::Database));
                 }
                 None => {}
             }

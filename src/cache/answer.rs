@@ -1,0 +1,101 @@
+//! What a read ends with.
+
+use std::time::Duration;
+
+use super::{
+    entry::Entry,
+    memory::{Moment, Stored, duration},
+};
+
+/// Why there is no answer.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Failure {
+    /// Nobody could tell: try again later.
+    #[error("{0}")]
+    Unavailable(String),
+    /// A bug.
+    #[error("{0}")]
+    Broken(String),
+}
+
+/// Which level had the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// This process.
+    Memory,
+    /// Redis.
+    Redis,
+    /// The database.
+    Database,
+}
+
+/// Why an answer is stale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stale {
+    /// The database failed, so the last known entry is served.
+    DatabaseFailed,
+    /// The database is slow, so an entry that merely grew old is served while it is loaded anew.
+    DatabaseSlow,
+}
+
+/// How an answer came about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct How {
+    /// Where it was found.
+    pub level: Level,
+    /// The reader waited for a load that another reader had begun.
+    pub collapsed: bool,
+    /// It was put into memory on the way.
+    pub stored: bool,
+    /// Set if it is not fresh.
+    pub stale: Option<Stale>,
+}
+
+impl How {
+    /// A fresh entry in memory.
+    pub const MEMORY: Self = Self::hit(Level::Memory);
+
+    pub(super) const fn hit(level: Level) -> Self {
+        Self { level, collapsed: false, stored: false, stale: None }
+    }
+
+    pub(super) fn stale(why: Stale) -> Self {
+        Self { stale: Some(why), ..Self::hit(Level::Memory) }
+    }
+}
+
+/// An entry, and how it was come by.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    pub(super) stored: Stored,
+    pub(super) how: How,
+    /// When it was given.
+    pub(super) at: Moment,
+}
+
+impl Answer {
+    pub(super) fn new(stored: Stored, how: How, at: Moment) -> Self {
+        Self { stored, how, at }
+    }
+
+    /// The entry; its bytes stay where they are.
+    pub fn entry(&self) -> Entry {
+        self.stored.entry()
+    }
+
+    /// How it was come by.
+    pub fn how(&self) -> How {
+        self.how
+    }
+
+    /// Time since its load from the database began.
+    pub fn age(&self) -> Duration {
+        duration(self.at.saturating_sub(self.stored.born))
+    }
+
+    /// Seconds for which it is still fresh; not positive for a stale one.
+    pub fn ttl_s(&self) -> i64 {
+        let left_s = (self.stored.fresh_until - self.at).div_euclid(1_000_000_000);
+        if self.how.stale.is_some() { left_s.min(0) } else { left_s }
+    }
+}

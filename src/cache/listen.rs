@@ -1,0 +1,87 @@
+//! Listening: what other instances expire is expired here, and how long that has not been heard is known.
+//!
+//! Invariants: C5, what a read of the log may have missed makes everything stale; C6, only what was heard up to the moment
+//! a read was sent counts as heard.
+
+use std::{
+    mem,
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
+
+use tokio::time::{sleep, timeout};
+
+use super::{
+    Inner,
+    log::{News, Scope},
+    memory::{Source, duration},
+};
+use crate::telemetry::LogLimiter;
+
+/// How long after the start reads wait for the log to be heard for the first time: as long as Redis takes to answer.
+const FIRST_HEARING: Duration = Duration::from_millis(250);
+
+impl Inner {
+    /// Waits a moment for the log at the very start, so that the first reads need not go past Redis.
+    pub(super) async fn first_hearing(&self) {
+        let left = FIRST_HEARING.saturating_sub(duration(self.memory.now()));
+        if !left.is_zero() && !*self.heard_once.borrow() {
+            let mut heard_once = self.heard_once.subscribe();
+            let _ = timeout(left, heard_once.wait_for(|heard| *heard)).await;
+        }
+    }
+}
+
+/// Hears what other instances expire, for ever.
+pub(super) async fn listen(cache: Arc<Inner>) {
+    let Some(remote) = &cache.remote else { return std::future::pending().await };
+    let mut reader = remote.log.reader();
+    let deaf = LogLimiter::default();
+    loop {
+        remote.redis.log_connected().await;
+        let sent = cache.memory.now();
+        let heard = match reader.read(cache.clock.is_due(sent), cache.floor()).await {
+            Ok(heard) => heard,
+            Err(error) => {
+                if let Some(unsaid) = deaf.next() {
+                    let trusted_s = cache.config.unheard_max.as_secs();
+                    tracing::warn!(%error, unsaid, "redis: cannot hear the log; memory is trusted for {trusted_s} s");
+                }
+                sleep(Duration::from_millis(rand::random_range(50..150))).await;
+                continue;
+            }
+        };
+        if let Some(redis_us) = heard.redis_us {
+            cache.clock.set(sent, redis_us);
+        }
+        // Raised before keys are expired, so that what they are loaded from next is already judged by it.
+        let known = cache.raise(heard.floor);
+        for news in heard.news {
+            match news {
+                News::Expired(scope) => cache.expire_here(&scope),
+                News::Missed => cache.memory.expire_everything(),
+                News::Reset => {
+                    tracing::warn!("redis: the invalidation log was lost or went back; everything is stale");
+                    // Redis may be an older copy of itself: nothing in it is trusted until the floor is raised, which
+                    // another instance may have done since.
+                    if heard.said_ms <= known.ms {
+                        cache.queue.add(&Scope::Everything);
+                    }
+                    cache.memory.expire_everything();
+                }
+            }
+        }
+        if heard.caught_up {
+            // As of when the read was sent: a process that was stopped meanwhile must not think it heard just now.
+            cache.memory.heard(Source::Log, sent);
+            cache.heard_once.send_if_modified(|heard| !mem::replace(heard, true));
+        }
+        let position = reader.position();
+        let before = mem::replace(&mut *cache.position.lock().unwrap_or_else(PoisonError::into_inner), position);
+        if heard.caught_up
+            && let Some(pause) = remote.log.pause(position != before)
+        {
+            sleep(pause).await;
+        }
+    }
+}
