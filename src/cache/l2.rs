@@ -14,7 +14,7 @@ use redis::{Cmd, Value};
 use super::{Key, entry, log::Floor};
 use crate::{
     config,
-    redis::{Error, Lua, Redis},
+    redis::{Error, Redis, Script},
 };
 
 /// Fresh → the envelope. Leased by somebody → wait. Else the lease is the caller's. One round trip, atomic.
@@ -153,9 +153,9 @@ pub(super) struct L2 {
     redis: Redis,
     config: config::Redis,
     lease: Duration,
-    read_or_lease: Lua,
-    fill: Lua,
-    release: Lua,
+    read_or_lease: Script,
+    fill: Script,
+    release: Script,
 }
 
 impl L2 {
@@ -164,9 +164,9 @@ impl L2 {
             redis,
             config: config.clone(),
             lease,
-            read_or_lease: Lua::new(READ_OR_LEASE),
-            fill: Lua::new(FILL),
-            release: Lua::new(RELEASE),
+            read_or_lease: Script::new(READ_OR_LEASE),
+            fill: Script::new(FILL),
+            release: Script::new(RELEASE),
         }
     }
 

@@ -23,7 +23,7 @@ use redis::{
 use super::Key;
 use crate::{
     config,
-    redis::{Error, Lua, Redis},
+    redis::{Error, Redis, Script},
 };
 
 /// Appends a notice; `ARGV`: author, keys, largest length, largest age in milliseconds, the generation its author knows.
@@ -147,7 +147,7 @@ pub(super) struct Log {
     poll: Option<Duration>,
     own: Mutex<Own>,
     kinds: &'static [&'static str],
-    append: Lua,
+    append: Script,
 }
 
 impl Log {
@@ -155,7 +155,7 @@ impl Log {
         let name = config.key("log");
         let (max_length, poll) = (config.log_max_length, config.frugal_poll);
         let own = Mutex::default();
-        Self { redis, name, author, max_length, poll, own, kinds, append: Lua::new(APPEND) }
+        Self { redis, name, author, max_length, poll, own, kinds, append: Script::new(APPEND) }
     }
 
     /// Pause after a read that caught up: always, where reads must not block the connection they share.

@@ -3,7 +3,6 @@
 //! The only place that names a driver; one module per engine. Knows no entity: a [`Table`] says which columns to read
 //! and as what, a [`Row`] holds their values in that order. Connects on first use, never at start.
 
-mod gaps;
 mod mysql;
 mod over_sqlx;
 mod pool;
@@ -25,6 +24,9 @@ use crate::{
     config::{self, Source},
     finding::{Budget, Finding},
 };
+
+/// Changes that an engine reads at once: bounds memory; more is asked for at once.
+const FEED_PAGE: i64 = 10_000;
 
 /// A table whose rows are read by an integer key.
 pub struct Table {

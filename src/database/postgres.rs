@@ -20,7 +20,7 @@ use tokio::{runtime::Handle, sync::Notify, time::timeout};
 use uuid::Uuid;
 
 use super::{
-    BadRow, Changes, Engine, Error, Kind, Position, Row, Table, Value,
+    BadRow, Changes, Engine, Error, FEED_PAGE, Kind, Position, Row, Table, Value,
     over_sqlx::{self, get},
     pool::{Connect, Failure, Pool},
 };
@@ -30,8 +30,6 @@ use crate::{
     finding::{Budget, Finding},
 };
 
-/// Changes read at once: bounds memory; more is asked for at once.
-const FEED_PAGE: i64 = 10_000;
 /// Bound of each step of beginning to listen. Nobody waits for it.
 const BEGIN: Duration = Duration::from_secs(10);
 /// After as much silence a connection is replaced: one that was lost without a word would be silent for ever.

@@ -24,7 +24,7 @@ use sqlx::{
 use tokio::sync::OnceCell;
 
 use super::{
-    BadRow, Changes, Engine, Error, Kind, Position, Row, Table, Value,
+    BadRow, Changes, Engine, Error, FEED_PAGE, Kind, Position, Row, Table, Value,
     over_sqlx::{self, get},
     pool::{Connect, Failure, Pool},
 };
@@ -34,8 +34,6 @@ use crate::config::{self, Secret};
 const SCHEMA: &str = include_str!("../../sql/sqlite.sql");
 /// File of the embedded catalogue, in the working directory.
 const DEFAULT_FILE: &str = "product-cache.db";
-/// Changes read at once: bounds memory; more is asked for at once.
-const FEED_PAGE: i64 = 10_000;
 /// Instructions of SQLite's machine between two looks whether anybody still waits: well below a millisecond.
 const LOOK: i32 = 10_000;
 /// Tells in-memory databases of one process apart.

@@ -8,7 +8,7 @@ use deadpool::managed::Manager;
 use redis::{Cmd, RedisResult, Value, aio::MultiplexedConnection};
 use tokio::time::timeout;
 
-use super::{Lua, nodes::Nodes};
+use super::{Script, nodes::Nodes};
 use crate::{
     config::{self, RedisLogin},
     finding::{Budget, Finding},
@@ -110,7 +110,7 @@ async fn distance(connection: &mut MultiplexedConnection, config: &config::Redis
 
 /// Every kind of command that the cache sends, on keys of its own.
 async fn rights(connection: &mut MultiplexedConnection, config: &config::Redis) -> Finding {
-    let script = Lua::new(
+    let script = Script::new(
         "redis.call('HSET', KEYS[1], 't', 1) redis.call('PEXPIRE', KEYS[1], 10000) return {redis.call('HMGET', KEYS[1], 't'), redis.call('HGET', KEYS[1], 't'), redis.call('PTTL', KEYS[1]), redis.call('TIME')}",
     );
     let (entry, log) = (config.key("doctor"), config.key("doctor-log"));

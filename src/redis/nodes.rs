@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use deadpool::managed::{Manager, Metrics, RecycleError, RecycleResult};
+use deadpool::managed::{Manager, Metrics, Pool, RecycleError, RecycleResult};
 use redis::{
     AsyncConnectionConfig, Client, ConnectionAddr, ConnectionInfo, ErrorKind, IntoConnectionInfo, RedisConnectionInfo,
     RedisError, RedisFuture, RedisResult, TlsCertificates, Value,
@@ -34,7 +34,10 @@ const RESOURCE: &str = "https://redis.azure.com";
 /// `MOVED` is followed once, and once more if the cluster changes meanwhile.
 const MOST_REDIRECTS: usize = 3;
 /// Pause between two looks at a cluster's nodes.
-const ACQUAINTANCE: Duration = Duration::from_secs(60);
+const TOPOLOGY_REFRESH: Duration = Duration::from_secs(60);
+/// Pause between two questions to the sentinels: an instance may be misled by a replaced primary for that much longer
+/// than it may trust its memory.
+const SENTINEL_PAUSE: Duration = Duration::from_secs(5);
 /// Nodes of a cluster that are remembered, in case those that were named are gone. More than Redis recommends to have.
 const MOST_NODES: usize = 1000;
 
@@ -59,7 +62,7 @@ pub(super) struct Nodes {
     tcp: TcpSettings,
     settings: AsyncConnectionConfig,
     /// A key of the slot that all our keys are in, which nobody writes.
-    witness: String,
+    probe_key: String,
     pub(super) tokens: Option<TokenSource>,
     /// Whom to ask: those that were named, then those that a cluster named since.
     known: Mutex<Vec<Node>>,
@@ -93,7 +96,7 @@ impl Nodes {
             settings: AsyncConnectionConfig::new()
                 .set_connection_timeout(Some(config.connect_timeout))
                 .set_response_timeout(Some(config.response_timeout)),
-            witness: config.key("probe"),
+            probe_key: config.key("probe"),
             tokens,
             known: Mutex::new(config.server.nodes.clone()),
             turn: AtomicUsize::new(0),
@@ -138,16 +141,16 @@ impl Nodes {
     }
 
     /// Learns of the cluster's nodes from time to time, as long as a connection to one lives; does not end.
-    pub(super) async fn stay_acquainted(&self, found: &Found) {
+    pub(super) async fn refresh_topology(&self, found: &Found) {
         if !found.in_cluster {
             return std::future::pending().await;
         }
         let mut connection = found.connection.clone();
-        connection.set_response_timeout(ACQUAINTANCE); // the log's may hold a blocking read; nobody waits for this
+        connection.set_response_timeout(TOPOLOGY_REFRESH); // the log's may hold a blocking read; nobody waits for this
         let mut question = redis::cmd("CLUSTER");
         question.arg("SLOTS");
         loop {
-            sleep(ACQUAINTANCE.mul_f64(rand::random_range(0.8..1.2))).await;
+            sleep(TOPOLOGY_REFRESH.mul_f64(rand::random_range(0.8..1.2))).await;
             if let Ok(slots) = question.query_async(&mut connection).await {
                 self.learn(&found.host, slots);
             }
@@ -242,7 +245,7 @@ impl Nodes {
     /// writes, so it is asked to delete what is not there.
     async fn look(&self, node: &Node, connection: &mut MultiplexedConnection) -> RedisResult<Look> {
         let mut questions = redis::pipe();
-        questions.ignore_errors().cmd("UNLINK").arg(&self.witness);
+        questions.ignore_errors().cmd("UNLINK").arg(&self.probe_key);
         questions.cmd("CLUSTER").arg("MYID").cmd("CLUSTER").arg("SLOTS");
         let answers: [RedisResult<Value>; 3] = questions
             .query_async::<Vec<RedisResult<Value>>>(connection)
@@ -301,6 +304,17 @@ impl Nodes {
         }
         *self.known.lock().unwrap_or_else(PoisonError::into_inner) = known;
         is_cluster
+    }
+}
+
+/// Asks sentinels again and again which server is the primary. One that was cut off from them goes on answering, and its
+/// clients would never know.
+pub(super) async fn ask_sentinels(pool: Pool<Nodes>) {
+    loop {
+        tokio::time::sleep(SENTINEL_PAUSE.mul_f64(rand::random_range(0.8..1.2))).await;
+        if let Err(error) = pool.manager().look_for_owner().await {
+            tracing::debug!(%error, "redis: a sentinel does not answer");
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use tiberius::Query;
 
 use self::connect::{Connection, Connector, failure};
 use super::{
-    BadRow, Changes, Engine, Error, Position, Row, Table,
+    BadRow, Changes, Engine, Error, FEED_PAGE, Position, Row, Table,
     pool::{Failure, Pool},
 };
 use crate::{
@@ -25,8 +25,6 @@ use crate::{
 
 /// Parameters of one statement. SQL Server allows 2,100; readers ask for at most 100 keys.
 const MOST_PARAMETERS: usize = 1024;
-/// Changes read at once: bounds memory; more is asked for at once.
-const FEED_PAGE: usize = 10_000;
 /// Changes kept for less do not outlast a night.
 const SHORTEST_RETENTION_MINUTES: i64 = 24 * 60;
 /// No such object, no permission, no change tracking on the table: what the access script sees to.
@@ -244,7 +242,7 @@ impl State {
 
 /// Up to which version a page of changes is whole, and whether there are more. `None` if not even one version is.
 fn page_end(changes: &[(i64, i64)]) -> Option<(i64, bool)> {
-    let Some((cut, _)) = changes.get(FEED_PAGE) else { return Some((i64::MAX, false)) };
+    let Some((cut, _)) = changes.get(FEED_PAGE as usize) else { return Some((i64::MAX, false)) };
     let (whole, _) = changes.iter().rev().find(|(version, _)| version < cut)?;
     Some((*whole, true))
 }

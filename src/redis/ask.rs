@@ -23,7 +23,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 const IDLE: Duration = Duration::from_secs(5);
 
 /// Shared by the lines that may share a connection.
-pub(super) struct Detour {
+pub(super) struct AskRedirect {
     state: Mutex<State>,
     patience: Duration,
 }
@@ -40,7 +40,7 @@ enum State {
     Failed(String, Instant),
 }
 
-impl Detour {
+impl AskRedirect {
     /// `patience`: how long whoever needs it waits for it.
     pub(super) fn new(patience: Duration) -> Arc<Self> {
         Arc::new(Self { state: Mutex::default(), patience })
@@ -90,13 +90,13 @@ impl Detour {
 }
 
 /// Connects, and then watches over the connection until it is idle or another one takes its place.
-async fn connect(detour: Arc<Detour>, place: String, from: String, pool: Pool<Nodes>, done: watch::Sender<()>) {
+async fn connect(redirect: Arc<AskRedirect>, place: String, from: String, pool: Pool<Nodes>, done: watch::Sender<()>) {
     let found = pool.manager().redirected(&place, &from).await;
     if let Err(error) = &found {
         tracing::debug!(%error, place, "redis: the node that a slot moves to cannot be reached");
     }
     {
-        let mut state = detour.state();
+        let mut state = redirect.state();
         if !matches!(&*state, State::Connecting(there, _) if *there == place) {
             return;
         }
@@ -108,7 +108,7 @@ async fn connect(detour: Arc<Detour>, place: String, from: String, pool: Pool<No
     drop(done);
     loop {
         sleep(IDLE).await;
-        let mut state = detour.state();
+        let mut state = redirect.state();
         match &*state {
             State::Open(there, _, used) if *there == place => {
                 if used.elapsed() >= IDLE {
@@ -134,10 +134,10 @@ mod tests {
         let variables = BTreeMap::from([("Redis".to_owned(), place.to_owned())]);
         let config = Config::from_variables(&variables).expect("valid").redis.expect("one");
         let pool = Pool::builder(Nodes::new(&config).expect("valid")).build().expect("a pool");
-        let detour = Detour::new(Duration::from_secs(10));
+        let redirect = AskRedirect::new(Duration::from_secs(10));
         let (_, over) = watch::channel(());
-        *detour.state() = State::Connecting(place.to_owned(), over);
-        assert!(detour.to(place, "127.0.0.1", &pool).await.is_none());
-        assert!(matches!(&*detour.state(), State::Failed(..)), "another attempt was made");
+        *redirect.state() = State::Connecting(place.to_owned(), over);
+        assert!(redirect.to(place, "127.0.0.1", &pool).await.is_none());
+        assert!(matches!(&*redirect.state(), State::Failed(..)), "another attempt was made");
     }
 }

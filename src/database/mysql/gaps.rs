@@ -26,10 +26,11 @@ struct Gap {
 }
 
 impl Gaps {
-    /// From a table that holds these versions, and no others between the first that ever was and the highest.
-    pub(super) fn begin(versions: &BTreeSet<i64>) -> Self {
-        let mut gaps = Self { highest: 0, missing: Vec::new() };
-        gaps.seen(versions);
+    /// From a table whose highest version is this, and which lacks these, in order and apart from each other.
+    pub(super) fn begin(highest: i64, missing: impl IntoIterator<Item = RangeInclusive<i64>>) -> Self {
+        let missing = missing.into_iter().map(|versions| Gap { versions, looks: 0 }).collect();
+        let mut gaps = Self { highest, missing };
+        gaps.join();
         gaps
     }
 
@@ -58,6 +59,11 @@ impl Gaps {
             self.add(self.highest + 1..=version - 1, 0);
             self.highest = *version;
         }
+        self.join();
+    }
+
+    /// Makes fewer gaps of too many.
+    fn join(&mut self) {
         if self.missing.len() > MAX {
             self.missing.dedup_by(|gap, before| {
                 let together = gap.looks == before.looks;
@@ -137,7 +143,7 @@ mod tests {
 
     #[test]
     fn a_gap_closes_when_its_version_appears() {
-        let mut gaps = Gaps::begin(&set([1, 2, 5]));
+        let mut gaps = Gaps::begin(5, [3..=4]);
         assert_eq!(gaps.to_string(), "5 3-4*0");
         gaps.seen(&set([4]));
         assert_eq!(gaps.missing(), [3..=3]);
@@ -147,7 +153,7 @@ mod tests {
 
     #[test]
     fn a_gap_is_forgotten_when_nobody_held_it_twice() {
-        let mut gaps = Gaps::begin(&set([2]));
+        let mut gaps = Gaps::begin(2, [1..=1]);
         let asked: Vec<_> = (1..=2 * LOOKS)
             .filter(|_| {
                 let due = gaps.look();
@@ -161,7 +167,7 @@ mod tests {
 
     #[test]
     fn a_gap_that_is_held_stays_for_as_long_as_it_takes() {
-        let mut gaps = Gaps::begin(&set([2]));
+        let mut gaps = Gaps::begin(2, [1..=1]);
         for _ in 0..1000 {
             gaps.look();
         }
@@ -170,13 +176,13 @@ mod tests {
 
     #[test]
     fn more_gaps_than_are_kept_become_few_wide_ones() {
-        let gaps = Gaps::begin(&set((0..10_000).map(|version| version * 3)));
+        let gaps = Gaps::begin(29_997, (0..9_999).map(|n| n * 3 + 1..=n * 3 + 2));
         assert_eq!(gaps.missing(), [1..=29_996]);
     }
 
     #[test]
     fn one_gap_that_is_held_does_not_make_the_others_pile_up() {
-        let mut gaps = Gaps::begin(&set([2])); // 1 is held
+        let mut gaps = Gaps::begin(2, [1..=1]); // 1 is held
         for version in (4..4000).step_by(2) {
             gaps.seen(&set([version]));
             for gap in gaps.look() {
@@ -204,7 +210,7 @@ mod tests {
                 next += versions;
                 (begin, end, taken, commits)
             }).collect();
-            let mut gaps = Gaps::begin(&(1..=seen_before).collect());
+            let mut gaps = Gaps::begin(seen_before, []);
             let mut delivered = BTreeSet::new();
             for now in 0..200 {
                 gaps = gaps.to_string().parse().expect("its own text");

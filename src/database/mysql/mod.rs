@@ -4,6 +4,8 @@
 //! Invariant of the feed: a version below the highest read is either read, remembered as a gap, or known to be rolled
 //! back.
 
+mod gaps;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     ops::RangeInclusive,
@@ -20,9 +22,9 @@ use sqlx::{
     mysql::{MySqlConnectOptions, MySqlConnection, MySqlDatabaseError, MySqlRow, MySqlSslMode},
 };
 
+use self::gaps::Gaps;
 use super::{
-    BadRow, Changes, Engine, Error, Kind, Position, Row, Table, Value,
-    gaps::Gaps,
+    BadRow, Changes, Engine, Error, FEED_PAGE, Kind, Position, Row, Table, Value,
     over_sqlx::{self, get},
     pool::{Connect, Failure, Pool},
 };
@@ -31,8 +33,6 @@ use crate::{
     finding::{Budget, Finding},
 };
 
-/// Changes read at once: bounds memory; more is asked for at once.
-const FEED_PAGE: i64 = 10_000;
 /// Names a database among those that a client may be led to: their versions are not each other's.
 const ORIGIN: &str = "concat(@@hostname, ':', @@port, ':', @@server_id, ':', replace(database(), ' ', '_'))";
 /// A row is locked: lock wait timeout in MariaDB, its own error in MySQL.
@@ -180,20 +180,25 @@ impl Engine for MySql {
     }
 
     async fn latest_change(&self, table: &'static Table) -> Result<Position, Error> {
-        // All that is kept: a version that is not there may be of a transaction still open.
+        // Every gap in what is kept: a version that is not there may be of a transaction still open.
         let sql = format!(
-            "SELECT {ORIGIN}, pruned.version, changed.version
-             FROM {name}_change_pruned AS pruned LEFT JOIN {name}_change AS changed ON true",
+            "SELECT {ORIGIN}, pruned.version, latest.version, gap.low, gap.high
+             FROM {name}_change_pruned AS pruned
+             CROSS JOIN (SELECT coalesce(max(version), 0) AS version FROM {name}_change) AS latest
+             LEFT JOIN (
+               SELECT coalesce(lag(version) OVER (ORDER BY version), 0) + 1 AS low, version - 1 AS high
+               FROM {name}_change) AS gap ON gap.low <= gap.high
+             ORDER BY gap.low",
             name = table.name
         );
         let rows = self.pool.run(|session| {
             let query = sqlx::query_as(AssertSqlSafe(sql.clone()));
             async move { query.fetch_all(&mut session.connection).await.map_err(failure) }.boxed()
         });
-        let rows: Vec<(String, i64, Option<i64>)> = rows.await?;
-        let gaps = Gaps::begin(&rows.iter().filter_map(|(.., version)| *version).collect());
-        let first = rows.into_iter().next().ok_or_else(|| lacks_row(table))?;
-        Ok(Mark { origin: first.0, pruned: first.1, gaps }.into())
+        let rows: Vec<(String, i64, i64, Option<i64>, Option<i64>)> = rows.await?;
+        let (origin, pruned, latest, ..) = rows.first().cloned().ok_or_else(|| lacks_row(table))?;
+        let missing = rows.into_iter().filter_map(|(.., first, last)| Some(first?..=last?));
+        Ok(Mark { origin, pruned, gaps: Gaps::begin(latest, missing) }.into())
     }
 
     async fn changes_since(&self, table: &'static Table, position: &Position) -> Result<Changes, Error> {
