@@ -1,0 +1,266 @@
+//! C5 and C6: nothing in the invalidation log is missed, whatever becomes of the log; who cannot hear it trusts what it
+//! has for seconds only.
+
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use product_cache::cache::Level;
+use redis::Value;
+use tokio::time::{Instant, sleep};
+
+use super::{
+    LOG,
+    world::{BUDGET, Node, Truth, ended, key, value},
+};
+use crate::support::{
+    eventually,
+    proxy::{Fault, Link, Proxy},
+    redis::RedisServer,
+};
+
+// ---- C5: nothing is missed --------------------------------------------------------------------------------------
+
+#[tokio::test]
+async fn an_instance_that_was_disconnected_hears_what_it_missed_and_drops_only_that() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10), (2, 20)]);
+    let a = Node::hearing(&truth, &redis.url(), &[]).await;
+    let proxy = Proxy::start(redis.port).await;
+    let b = Node::hearing(&truth, &proxy.redis_url(), &[]).await;
+    b.value(1).await;
+    b.value(2).await;
+    let position = b.cache.status().log_position;
+    proxy.set(Fault::Refuse);
+    truth.set(1, 11);
+    a.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    assert_eq!(b.value(1).await, Some(10), "it cannot know yet");
+    proxy.set(Fault::None);
+    eventually("it resumes", async || (b.cache.status().log_position > position).then_some(())).await;
+    assert_eq!(b.value(1).await, Some(11));
+    assert_eq!(b.read(2).await.how().level, Level::Memory, "what was not expired is still there");
+}
+
+#[tokio::test]
+async fn a_log_trimmed_past_an_instance_or_lost_makes_all_its_memory_stale() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10), (2, 20)]);
+    let a = Node::hearing(&truth, &redis.url(), &[]).await;
+    for loss in [vec!["XTRIM", LOG, "MAXLEN", "1"], vec!["FLUSHALL"]] {
+        let proxy = Proxy::start(redis.port).await;
+        let b = Node::hearing(&truth, &proxy.redis_url(), &[]).await;
+        let seen = b.value(1).await.unwrap();
+        b.value(2).await;
+        let position = b.cache.status().log_position;
+        proxy.set(Fault::Refuse);
+        truth.set(1, seen + 1);
+        a.cache.expire(&[key(1)], BUDGET).await.unwrap();
+        a.cache.expire(&[key(3)], BUDGET).await.unwrap();
+        redis.command(&loss).await;
+        proxy.set(Fault::None);
+        eventually("it finds the log changed", async || (b.cache.status().log_position != position).then_some(()))
+            .await;
+        assert_eq!(b.value(1).await, Some(seen + 1), "{loss:?}");
+        assert_ne!(b.read(2).await.how().level, Level::Memory, "{loss:?}: nothing in memory is trusted");
+    }
+}
+
+/// The id of the log's last notice, and what it says.
+async fn last_notice(redis: &RedisServer) -> (String, String) {
+    let last = redis.command(&["XREVRANGE", LOG, "+", "-", "COUNT", "1"]).await;
+    let [(id, [_, text])]: [(String, [String; 2]); 1] = redis::from_redis_value(last).unwrap();
+    (id, text)
+}
+
+#[tokio::test]
+async fn a_notice_of_another_form_is_about_everything_and_nobody_answers_it() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10), (2, 20), (3, 30)]);
+    // A late answer would be asked for again, and an expiry appended twice.
+    let settings = [("REDIS_RESPONSE_TIMEOUT_MS", "5000"), ("REQUEST_TIMEOUT_MS", "60000")];
+    let hearing = async || Node::hearing(&truth, &redis.url(), &settings).await;
+    let nodes = [hearing().await, hearing().await];
+    let heard = async |notices: i64| {
+        let (last, _) = last_notice(&redis).await;
+        eventually("both hear it", async || {
+            let positions = nodes.each_ref().map(|node| node.cache.status().log_position.unwrap().to_string());
+            positions.iter().all(|position| *position == last).then_some(())
+        })
+        .await;
+        assert_eq!(redis.command(&["XLEN", LOG]).await, Value::Int(notices));
+    };
+    for (form, value) in [(["p", "0-0 0 0 x *"], 11), (["n", "0-0 0"], 12), (["n", "0-0 0 0 x"], 13)] {
+        for id in 1..=3 {
+            join_all(nodes.each_ref().map(|node| node.value(id))).await;
+        }
+        let Value::Int(notices) = redis.command(&["XLEN", LOG]).await else { panic!("no length") };
+        (1..=3).for_each(|id| truth.set(id, value));
+        redis.command(&["XADD", LOG, "*", form[0], form[1]]).await;
+        heard(notices + 1).await;
+        assert_eq!(nodes[0].value(1).await, Some(value), "{form:?}: neither memory nor Redis is trusted");
+        assert_eq!(nodes[1].value(1).await, Some(value), "{form:?}");
+        let new = hearing().await;
+        assert_eq!(new.value(2).await, Some(value), "{form:?}: nor by one that comes later");
+        new.cache.expire(&[key(1)], BUDGET).await.unwrap();
+        heard(notices + 2).await;
+        let later = hearing().await;
+        assert_eq!(later.value(3).await, Some(value), "{form:?}: nor once the log goes on");
+    }
+}
+
+#[tokio::test]
+async fn a_reset_is_answered_though_a_notice_of_another_form_follows_it() {
+    let redis = RedisServer::start().await;
+    let proxy = Proxy::start(redis.port).await;
+    let _node = Node::hearing(&Truth::new(&[]), &proxy.redis_url(), &[]).await;
+    proxy.set(Fault::Refuse);
+    redis.command(&["DEL", LOG]).await;
+    for (field, text) in [("n", "0-0 0 0 nobody thing:9"), ("p", "0-0")] {
+        redis.command(&["XADD", LOG, "*", field, text]).await;
+    }
+    proxy.set(Fault::None);
+    eventually("everything in Redis is made stale", async || last_notice(&redis).await.1.ends_with(" *").then_some(()))
+        .await;
+}
+
+#[tokio::test]
+async fn notices_that_are_a_day_old_or_too_many_leave_the_log() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    // Redis drops whole nodes of a stream, a hundred notices each.
+    let add = "for i = 1, 1000 do
+      redis.call('XADD', KEYS[1], ARGV[1] == 'old' and i .. '-1' or '*', 'n', '0-0 0 0 nobody product:2')
+    end";
+    for (age, settings, most) in [("old", &[][..], 100), ("new", &[("REDIS_LOG_MAX_LENGTH", "500")], 600)] {
+        redis.command(&["FLUSHALL"]).await;
+        redis.command(&["EVAL", add, "1", LOG, age]).await;
+        let node = Node::hearing(&truth, &redis.url(), settings).await;
+        node.cache.expire(&[key(1)], BUDGET).await.unwrap();
+        let Value::Int(left) = redis.command(&["XLEN", LOG]).await else { panic!("no length") };
+        assert!((1..=most).contains(&left), "{age}: {left} of 1000");
+    }
+}
+
+#[tokio::test]
+async fn a_reset_log_is_noticed_without_any_further_expiry() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::hearing(&truth, &redis.url(), &[]).await;
+    node.value(1).await;
+    truth.set(1, 11);
+    redis.command(&["FLUSHALL"]).await;
+    eventually("memory is no longer trusted", async || (node.value(1).await == Some(11)).then_some(())).await;
+}
+
+#[tokio::test]
+async fn after_an_expiry_of_everything_redis_is_not_believed_about_what_was_there_before() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    Node::hearing(&truth, &redis.url(), &[]).await.value(1).await;
+    let proxy = Proxy::start(redis.port).await;
+    let author = Node::hearing(&truth, &proxy.redis_url(), &[]).await;
+    let deaf_proxy = Proxy::start(redis.port).await;
+    let deaf = Node::hearing(&truth, &deaf_proxy.redis_url(), &[("CACHE_UNHEARD_MAX_S", "3")]).await;
+    deaf.value(1).await;
+    // Neither hears its own or others' notices from here on; the author must know by itself.
+    proxy.set_on(Link::Log, Fault::Stall);
+    deaf_proxy.set_on(Link::Log, Fault::Stall);
+    truth.set(1, 11);
+    author.cache.expire_everything(BUDGET).await.unwrap();
+    truth.hold();
+    let read = author.begin(1);
+    truth.begun(2).await; // it asks the database, not Redis
+    truth.release();
+    assert_eq!(value(&ended(read).await.unwrap()), Some(11));
+    redis.command(&["DEL", "{product-cache}:thing:1"]).await;
+    let old = Node::new(&Truth::new(&[(1, 10)]), Some(&redis.url()), &[]);
+    old.value(1).await; // as if Redis had gone back
+    eventually("without the log Redis is not believed for longer than memory", async || {
+        (deaf.value(1).await == Some(11)).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_log_lost_while_nobody_heard_it_makes_what_is_in_redis_stale() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    for (new, first_notice) in [(11, false), (12, true)] {
+        let last = Node::hearing(&truth, &redis.url(), &[]).await;
+        last.value(1).await;
+        last.cache.expire_everything(BUDGET).await.unwrap();
+        drop(last);
+        truth.set(1, new);
+        redis.command(&["DEL", LOG]).await;
+        let node = Node::new(&truth, Some(&redis.url()), &[]);
+        if first_notice {
+            node.cache.expire(&[key(2)], BUDGET).await.unwrap(); // maybe before it hears
+        }
+        node.until_it_hears().await;
+        assert_eq!(node.value(1).await, Some(new));
+    }
+}
+
+#[tokio::test]
+async fn an_older_copy_of_redis_brings_nothing_back() {
+    let mut redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10), (2, 20)]);
+    let a = Node::hearing(&truth, &redis.url(), &[]).await;
+    let b = Node::hearing(&truth, &redis.url(), &[]).await;
+    a.value(1).await;
+    b.value(2).await;
+    redis.command(&["SAVE"]).await;
+    truth.set(1, 11);
+    truth.set(2, 21);
+    a.cache.expire(&[key(1), key(2)], BUDGET).await.unwrap();
+    assert_eq!(a.value(1).await, Some(11));
+    eventually("B hears it", async || (b.value(2).await == Some(21)).then_some(())).await;
+    let position = a.cache.status().log_position;
+    redis.restart().await; // with what was saved: both old entries fresh, and a log that ends earlier
+    eventually("both have noticed", async || {
+        for node in [&a, &b] {
+            assert_eq!((node.value(1).await, node.value(2).await), (Some(11), Some(21)), "nothing comes back");
+        }
+        (a.cache.status().log_position != position && b.cache.status().log_position != position).then_some(())
+    })
+    .await;
+    eventually("nor to a new instance", async || {
+        let new = Node::hearing(&truth, &redis.url(), &[]).await;
+        (new.value(1).await == Some(11) && new.value(2).await == Some(21)).then_some(())
+    })
+    .await;
+}
+
+// ---- C6: bounded staleness --------------------------------------------------------------------------------------
+
+#[tokio::test]
+async fn memory_is_trusted_for_seconds_only_while_the_log_cannot_be_heard() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let proxy = Proxy::start(redis.port).await;
+    let node = Node::hearing(&truth, &proxy.redis_url(), &[("CACHE_UNHEARD_MAX_S", "3")]).await;
+    node.value(1).await;
+    proxy.set(Fault::Stall);
+    truth.set(1, 11);
+    let cut = Instant::now();
+    let seen = eventually("the entry is no longer fresh", async || {
+        node.value(1).await.filter(|value| *value == 11).map(|_| cut.elapsed())
+    });
+    let after = seen.await;
+    assert!(after < Duration::from_secs(3 + 2), "trusted for {after:?}"); // loads may wait for Redis' deadlines
+}
+
+#[tokio::test]
+async fn what_cannot_be_heard_of_is_trusted_from_the_moment_its_row_was_read() {
+    let truth = Truth::new(&[(1, 10)]);
+    let nowhere = Some("redis://127.0.0.1:1");
+    let node = Node::new(&truth, nowhere, &[("CACHE_UNHEARD_MAX_S", "3"), ("CACHE_SOFT_TIMEOUT_MS", "0")]);
+    truth.hold();
+    let reader = node.begin(1);
+    truth.begun(1).await;
+    truth.set(1, 11);
+    sleep(Duration::from_secs(2)).await;
+    truth.release();
+    assert_eq!(value(&ended(reader).await.unwrap()), Some(10), "its load began before the change");
+    sleep(Duration::from_millis(1500)).await;
+    assert_eq!(node.value(1).await, Some(11));
+}
