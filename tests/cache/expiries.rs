@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use product_cache::cache::Level;
 
-use super::{
-    LOG,
-    world::{BUDGET, Node, Truth, key, value},
+use super::LOG;
+use crate::support::{
+    eventually,
+    node::{BUDGET, Node, Truth, key, value},
+    redis::RedisServer,
 };
-use crate::support::{eventually, redis::RedisServer};
 
 // ---- C4: an acknowledged expiry is everywhere -------------------------------------------------------------------
 

@@ -5,8 +5,10 @@ use std::time::Duration;
 use product_cache::cache::Level;
 use tokio::time::sleep;
 
-use super::world::{BUDGET, Node, Truth, key, value};
-use crate::support::redis::RedisServer;
+use crate::support::{
+    node::{BUDGET, Node, Truth, key, value},
+    redis::RedisServer,
+};
 
 #[tokio::test]
 async fn a_new_instance_reads_redis_instead_of_the_database_and_keeps_it_no_longer_than_redis() {

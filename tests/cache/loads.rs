@@ -6,8 +6,11 @@ use std::{sync::atomic::Ordering, time::Duration};
 use product_cache::cache::{Failure, Level};
 use tokio::time::{sleep, timeout};
 
-use super::world::{Node, Truth, ended, key, value};
-use crate::support::{PATIENCE, eventually, redis::RedisServer};
+use crate::support::{
+    PATIENCE, eventually,
+    node::{Node, Truth, ended, key, value},
+    redis::RedisServer,
+};
 
 // ---- C1: one load per key and instance --------------------------------------------------------------------------
 

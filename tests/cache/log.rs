@@ -8,12 +8,10 @@ use product_cache::cache::Level;
 use redis::Value;
 use tokio::time::{Instant, sleep};
 
-use super::{
-    LOG,
-    world::{BUDGET, Node, Truth, ended, key, value},
-};
+use super::LOG;
 use crate::support::{
     eventually,
+    node::{BUDGET, Node, Truth, ended, key, value},
     proxy::{Fault, Link, Proxy},
     redis::RedisServer,
 };

@@ -7,7 +7,6 @@ mod loads;
 mod log;
 mod resilience;
 mod stale_sets;
-pub mod world;
 
 /// The invalidation log's name in Redis.
 const LOG: &str = "{product-cache}:log";

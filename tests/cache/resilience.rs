@@ -5,9 +5,9 @@ use std::{sync::Arc, time::Duration};
 use product_cache::cache::{Entry, Failure, Key, Level, Load, Stale, entry::Body};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::world::{BUDGET, Node, Truth, ended, entry, key, value};
 use crate::support::{
     PATIENCE, eventually,
+    node::{BUDGET, Node, Truth, ended, entry, key, value},
     proxy::{Fault, Proxy},
     redis::RedisServer,
 };

@@ -17,9 +17,9 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::world::{BUDGET, Node, Truth, ended, key, value};
 use crate::support::{
     PATIENCE,
+    node::{BUDGET, Node, Truth, ended, key, value},
     proxy::{Fault, Link, Proxy},
     redis::RedisServer,
 };

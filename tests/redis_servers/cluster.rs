@@ -15,9 +15,10 @@ use tokio::{
     time::{Duration, Instant, sleep, timeout},
 };
 
-use crate::{
-    cache::world::{BUDGET, Node, Truth, key},
-    support::{PATIENCE, eventually, redis_cluster::RedisCluster},
+use crate::support::{
+    PATIENCE, eventually,
+    node::{BUDGET, Node, Truth, key, value},
+    redis_cluster::RedisCluster,
 };
 
 const UNHEARD_S: u64 = 3;
@@ -117,7 +118,7 @@ impl Load {
                             if answer.how().level == Level::Redis {
                                 from_redis.fetch_add(1, Ordering::SeqCst);
                             }
-                            let seen = crate::cache::world::value(&answer).unwrap();
+                            let seen = value(&answer).unwrap();
                             let noted = noted.lock().unwrap();
                             let due = noted.get(&id).and_then(|noted| {
                                 noted.iter().rev().find(|(at, _)| *at + LATEST < began).map(|(_, version)| *version)

@@ -8,13 +8,11 @@ use std::sync::{
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use tokio::time::{Duration, Instant, sleep};
 
-use crate::{
-    cache::world::{Node, Truth},
-    support::{
-        eventually,
-        identity::{HEADER, Identity},
-        redis::RedisServer,
-    },
+use crate::support::{
+    eventually,
+    identity::{HEADER, Identity},
+    node::{Node, Truth},
+    redis::RedisServer,
 };
 
 const OID: &str = "6f1c7b1e-1d3f-4a55-9d0a-2f6b7a1f0c11";

@@ -13,15 +13,13 @@ use product_cache::cache::Level;
 use tempfile::tempdir;
 use tokio::time::{Duration, sleep};
 
-use crate::{
-    cache::world::{BUDGET, Node, Truth, key},
-    support::{
-        certificates::{CERTIFICATES, Certificates, NAME},
-        eventually, free_port,
-        instance::start,
-        proxy::Proxy,
-        redis::RedisServer,
-    },
+use crate::support::{
+    certificates::{CERTIFICATES, Certificates, NAME},
+    eventually, free_port,
+    instance::start,
+    node::{BUDGET, Node, Truth, key},
+    proxy::Proxy,
+    redis::RedisServer,
 };
 
 /// A server with TLS in some version beside its plain port: the port, the server, and the folder of its files.

@@ -15,9 +15,10 @@ use tokio::{
     net::TcpListener,
 };
 
-use crate::{
-    cache::world::{BUDGET, Node, Truth, key},
-    support::{eventually, free_port, redis::RedisServer},
+use crate::support::{
+    eventually, free_port,
+    node::{BUDGET, Node, Truth, key},
+    redis::RedisServer,
 };
 
 struct Sentinel(Child);

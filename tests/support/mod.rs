@@ -1,5 +1,5 @@
-//! What tests stand on: the binary as a process, private Redis servers, a proxy that breaks connections, a
-//! stand-in for SQL Server, HTTP.
+//! What tests stand on: the binary as a process, the cache of one instance without it, private Redis servers, a proxy
+//! that breaks connections, a stand-in for SQL Server, HTTP.
 //!
 //! Everything listens on 127.0.0.1 at a port the system chose, lives in a folder of its own, and ends with its owner.
 
@@ -11,6 +11,7 @@ pub mod host;
 pub mod http;
 pub mod identity;
 pub mod instance;
+pub mod node;
 pub mod proxy;
 pub mod redis;
 pub mod redis_cluster;

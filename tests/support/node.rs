@@ -17,7 +17,7 @@ use product_cache::{
 };
 use tokio::{runtime::Handle, sync::watch, task::JoinHandle, time::timeout};
 
-use crate::support::{PATIENCE, eventually};
+use super::{PATIENCE, eventually};
 
 pub const KIND: &str = "thing";
 pub const BUDGET: Duration = Duration::from_secs(10);
