@@ -6,7 +6,6 @@
 mod basics;
 pub mod certificates;
 pub mod database;
-#[allow(dead_code, unused_imports)] // a model of the host: more of it than any one test needs
 pub mod host;
 pub mod http;
 pub mod identity;

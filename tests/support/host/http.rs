@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use super::Host;
 use super::client::{Answer, Lost, Outgoing, Payload};
 use super::functions::{AuthLevel, Function, Segment, Trigger};
-use super::options::{Dialect, QueryEncoding};
+use super::options::Dialect;
 use super::trigger::new_guid;
 
 const DEFAULT_BODY_LIMIT: usize = 104_857_600;
@@ -22,6 +22,8 @@ const PROXY_FIRST_PAUSE: Duration = Duration::from_millis(50);
 const PROXY_LONGEST_PAUSE: Duration = Duration::from_millis(250);
 const CLIENT_ADDRESS: &str = "127.0.0.1";
 const DEFAULT_HOST: &str = "localhost:7071";
+/// What a rebuilt query leaves alone beside letters and digits: merged values arrive as `680%2C706`.
+const QUERY_LITERALS: &str = "-._~";
 /// Headers .NET files under the content, so that a copy to the request fails silently.
 const CONTENT_HEADERS: [&str; 11] = [
     "allow",
@@ -112,10 +114,6 @@ impl Response {
         Self { status: answer.status, headers: answer.headers, body: answer.body.to_vec() }
     }
 
-    pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
-    }
-
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
     }
@@ -171,7 +169,7 @@ impl Host {
             Err(_) => return Response::empty(500),
         };
         let id = new_guid();
-        let deadline = Instant::now() + self.supervisor.function_timeout;
+        let deadline = Instant::now() + self.supervisor.files.function_timeout;
         let sent = async {
             match self.supervisor.files.dialect {
                 Dialect::Forward => self.forward(method, request, &id).await,
@@ -188,7 +186,7 @@ impl Host {
                 Response::empty(500)
             }
             Err(_) => {
-                let limit = self.supervisor.function_timeout;
+                let limit = self.supervisor.files.function_timeout;
                 self.supervisor
                     .note(format!("Timeout value of {limit:?} exceeded by function 'Functions.{name}' (Id={id})"));
                 self.overran(&worker).await;
@@ -216,7 +214,7 @@ impl Host {
         headers.extend(self.added_headers(id));
         headers.push(("User-Agent".into(), self.user_agent()));
         let (path, query) = request.path_and_query();
-        let target = escape_path(&decode(path, false)) + &rebuild_query(query, self.query_encoding);
+        let target = escape_path(&decode(path, false)) + &rebuild_query(query);
         let payload = if has_content { sized(request) } else { Payload::Empty };
         let outgoing = Outgoing { method, target, headers: joined(headers), payload };
         let mut response = Response::of(self.supervisor.client.send(&outgoing).await.map_err(|lost| lost.to_string())?);
@@ -363,12 +361,11 @@ fn parse_query(query: &str) -> Vec<(String, Vec<String>)> {
     pairs
 }
 
-fn rebuild_query(query: &str, encoding: QueryEncoding) -> String {
+fn rebuild_query(query: &str) -> String {
     let mut rebuilt = String::new();
     for (key, values) in parse_query(query) {
         rebuilt.push(if rebuilt.is_empty() { '?' } else { '&' });
-        let literal = encoding.literals();
-        rebuilt = format!("{rebuilt}{}={}", encode(&key, literal), encode(&values.join(","), literal));
+        rebuilt = format!("{rebuilt}{}={}", encode(&key, QUERY_LITERALS), encode(&values.join(","), QUERY_LITERALS));
     }
     rebuilt
 }
@@ -410,13 +407,4 @@ fn encode(text: &str, literal: &str) -> String {
 /// `Uri.AbsolutePath` of the decoded path: what a path may hold stays, the rest is escaped.
 fn escape_path(path: &str) -> String {
     encode(path, "-._~!$&'()*+,;=:@/%")
-}
-
-impl QueryEncoding {
-    fn literals(self) -> &'static str {
-        match self {
-            Self::Strict => "-._~",
-            Self::UrlEncoder => "-._~!$()*,;@",
-        }
-    }
 }

@@ -32,12 +32,12 @@ use files::Files;
 use options::environment;
 use supervisor::{KILL_WAIT, State, Supervisor};
 
-pub use console::{Category, ConsoleLine, Level, Stream};
+pub use console::ConsoleLine;
 pub use files::stage;
 pub use http::{Request, Response};
-pub use item::{Column, Item, MySqlRow, Operation, base64, changes, item, mysql_changes};
-pub use options::{Dialect, Options, QueryEncoding, StartError};
-pub use sqlloop::{Delivery, SqlTrigger};
+pub use item::{Column, Item, MySqlRow, Operation, changes, item, mysql_changes};
+pub use options::{Dialect, Options, StartError};
+pub use sqlloop::SqlTrigger;
 pub use supervisor::Phase;
 pub use trigger::{Invocation, admin_envelope, envelope, new_guid, utc_now};
 
@@ -49,7 +49,6 @@ pub struct Host {
     supervisor: Arc<Supervisor>,
     running: JoinHandle<()>,
     function_key: Option<String>,
-    query_encoding: QueryEncoding,
     core_tools: bool,
 }
 
@@ -61,15 +60,11 @@ impl Host {
         let environment = environment(&options);
         let files = Files::read(&options.script_root, &environment, options.dialect)?;
         let port = unused_port().map_err(|error| StartError::Refused(format!("no free port: {error}")))?;
-        let mut supervisor = Supervisor::new(options.script_root, files, environment, options.dialect, port);
-        supervisor.initialization_timeout = options.initialization_timeout.unwrap_or(supervisor.initialization_timeout);
-        supervisor.function_timeout = options.function_timeout.unwrap_or(supervisor.function_timeout);
-        let supervisor = Arc::new(supervisor);
+        let supervisor = Arc::new(Supervisor::new(options.script_root, files, environment, options.dialect, port));
         let host = Host {
             running: tokio::spawn(Arc::clone(&supervisor).run()),
             supervisor,
             function_key: options.function_key,
-            query_encoding: options.query_encoding,
             core_tools: options.core_tools,
         };
         let settled = |state: &State| (state.phase != Phase::Starting || state.spawn_error.is_some()).then_some(());
@@ -92,11 +87,6 @@ impl Host {
         self.supervisor.state().pid()
     }
 
-    /// The GUID of the present handler; each start has its own.
-    pub fn worker_id(&self) -> String {
-        self.supervisor.state().worker_id.clone()
-    }
-
     /// How often the handler has been started.
     pub fn starts(&self) -> usize {
         self.supervisor.state().starts
@@ -109,11 +99,6 @@ impl Host {
     /// Whether the host gave up.
     pub fn stopped(&self) -> bool {
         self.phase() == Phase::Stopped
-    }
-
-    /// The dialect in force, after host.json's flags.
-    pub fn dialect(&self) -> Dialect {
-        self.supervisor.files.dialect
     }
 
     pub fn sql_max_batch_size(&self) -> usize {
@@ -159,11 +144,6 @@ impl Host {
         self.supervisor.wait_for(within, up).await.is_some()
     }
 
-    /// Waits for a phase; false after `within`.
-    pub async fn wait_for_phase(&self, phase: Phase, within: Duration) -> bool {
-        self.supervisor.wait_for(within, |state| (state.phase == phase).then_some(())).await.is_some()
-    }
-
     /// SIGKILL, as the platform would; returns once the host has noticed, which counts as an error.
     pub async fn crash(&self) {
         let (Some(killed), starts) = (self.pid(), self.starts()) else { return };
@@ -174,19 +154,6 @@ impl Host {
         };
         // A process that survives SIGKILL for a second is the test's to find.
         let _ = self.supervisor.wait_for(KILL_WAIT, noticed).await;
-    }
-
-    /// Moves the clock of the error bucket: after more than 30 minutes earlier errors no longer count.
-    pub fn age_errors(&self, by: Duration) {
-        self.supervisor.age_errors(by);
-    }
-
-    /// The health ping the host repeats while it runs: whether the handler answered.
-    pub async fn ping(&self) -> bool {
-        let ping = self.supervisor.ping();
-        timeout(self.supervisor.function_timeout, self.supervisor.client.send(&ping))
-            .await
-            .is_ok_and(|sent| sent.is_ok())
     }
 
     /// Past the host: a request straight to the handler's port, as it stands, over the same pool.
@@ -208,12 +175,9 @@ impl Host {
         };
         let method = Method::from_bytes(request.method.as_bytes()).map_err(|error| error.to_string())?;
         let outgoing = Outgoing { method, target: request.target, headers, payload };
-        let sent = timeout(self.supervisor.function_timeout, self.supervisor.client.send(&outgoing)).await;
+        let sent = timeout(self.supervisor.files.function_timeout, self.supervisor.client.send(&outgoing)).await;
         sent.map_err(|_| "no answer in time".to_string())?.map(Response::of).map_err(|lost| lost.to_string())
     }
-
-    /// SIGKILL, up to 1 s of waiting, no further start.
-    pub fn stop(self) {}
 
     /// An invocation overran: its handler is replaced, and the new one awaited.
     async fn overran(&self, worker_id: &str) {

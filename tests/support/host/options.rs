@@ -4,7 +4,6 @@
 //! Invariant: nothing of the test's own environment reaches the handler but what `INHERITED` names.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use super::console::ConsoleLine;
 use super::files::Environment;
@@ -21,26 +20,14 @@ pub enum Dialect {
     Proxy,
 }
 
-/// How a forwarded query is escaped again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum QueryEncoding {
-    /// All but letters, digits and `-._~`: merged values arrive as `680%2C706`.
-    Strict,
-    /// As `UrlEncoder.Default`, which leaves `!$()*,;@` alone: `680,706`.
-    UrlEncoder,
-}
-
 /// How to start a host. `Options::new(root)` is `func start` on an old host without keys.
 #[derive(Debug, Clone)]
 pub struct Options {
     pub script_root: PathBuf,
     pub env: Vec<(String, String)>,
     pub dialect: Dialect,
-    pub query_encoding: QueryEncoding,
     pub function_key: Option<String>,
     pub core_tools: bool,
-    pub initialization_timeout: Option<Duration>,
-    pub function_timeout: Option<Duration>,
 }
 
 impl Options {
@@ -50,11 +37,8 @@ impl Options {
             script_root: script_root.into(),
             env: Vec::new(),
             dialect: Dialect::Forward,
-            query_encoding: QueryEncoding::Strict,
             function_key: None,
             core_tools: false,
-            initialization_timeout: None,
-            function_timeout: None,
         }
     }
 
@@ -69,11 +53,6 @@ impl Options {
         self
     }
 
-    pub fn query_encoding(mut self, encoding: QueryEncoding) -> Self {
-        self.query_encoding = encoding;
-        self
-    }
-
     /// Enforces `authLevel`; without it everyone is let in.
     pub fn function_key(mut self, key: &str) -> Self {
         self.function_key = Some(key.into());
@@ -83,18 +62,6 @@ impl Options {
     /// Trigger bodies with `Content-Length`, as under Core Tools, instead of chunked, as in Azure.
     pub fn core_tools(mut self) -> Self {
         self.core_tools = true;
-        self
-    }
-
-    /// Overrides host.json.
-    pub fn initialization_timeout(mut self, limit: Duration) -> Self {
-        self.initialization_timeout = Some(limit);
-        self
-    }
-
-    /// Overrides host.json.
-    pub fn function_timeout(mut self, limit: Duration) -> Self {
-        self.function_timeout = Some(limit);
         self
     }
 }

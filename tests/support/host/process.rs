@@ -127,7 +127,7 @@ impl Supervisor {
     /// The limit counts pauses, not the time a probe itself takes: a handler that accepts and then hangs is not cut.
     async fn probe(&self) -> bool {
         let mut paused = Duration::ZERO;
-        while paused < self.initialization_timeout {
+        while paused < self.files.initialization_timeout {
             match self.client.send(&self.ping()).await {
                 Ok(_) | Err(Lost::Transport(_)) => return true,
                 Err(Lost::Connect(_) | Lost::Unsendable(_)) => {}
@@ -138,8 +138,8 @@ impl Supervisor {
         false
     }
 
-    /// The readiness probe, and later the health ping: no header but Host.
-    pub fn ping(&self) -> Outgoing {
+    /// The readiness probe: no header but Host.
+    fn ping(&self) -> Outgoing {
         let headers = vec![("Host".into(), format!("127.0.0.1:{}", self.port))];
         Outgoing { method: Method::GET, target: "/".into(), headers, payload: Payload::Empty }
     }

@@ -2,10 +2,9 @@
 //!
 //! It owns the database's side (what changed, the lease table, LastSyncVersion) and decides what one poll delivers;
 //! the delivery itself is `Host::trigger`. It follows the queries of `SqlTableChangeMonitor`.
-//! Invariant: a row leased by one instance is not delivered by another before its lease expires or is released.
+//! Invariant: a row that is leased is not delivered again before its lease expires or is released.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -21,8 +20,7 @@ const MAX_ATTEMPTS: u32 = 5;
 /// Time stands still while an invocation runs (the real loop renews its leases meanwhile).
 pub struct SqlTrigger {
     function: String,
-    max_batch_size: Option<usize>,
-    database: Arc<Mutex<Database>>,
+    database: Database,
 }
 
 /// What one poll delivered, in the order of the array.
@@ -39,7 +37,6 @@ struct Database {
     primary_key: String,
     now: Duration,
     version: u64,
-    min_valid_version: u64,
     last_sync_version: u64,
     /// By the key's JSON text, which is unique per value.
     rows: BTreeMap<String, Tracked>,
@@ -79,67 +76,26 @@ impl SqlTrigger {
             primary_key: primary_key.into(),
             now: Duration::ZERO,
             version: 0,
-            min_valid_version: 0,
             last_sync_version: 0,
             rows: BTreeMap::new(),
             leases: BTreeMap::new(),
             exhausted: BTreeMap::new(),
         };
-        Self { function: function.into(), max_batch_size: None, database: Arc::new(Mutex::new(database)) }
-    }
-
-    /// Without it the host's setting counts: app setting, host.json, 100.
-    pub fn max_batch_size(mut self, rows: usize) -> Self {
-        self.max_batch_size = Some(rows);
-        self
-    }
-
-    /// The same function on a second machine: the same table, leases and clock.
-    pub fn another_instance(&self) -> Self {
-        Self {
-            function: self.function.clone(),
-            max_batch_size: self.max_batch_size,
-            database: Arc::clone(&self.database),
-        }
+        Self { function: function.into(), database }
     }
 
     /// One committed change of one row, given as its current `Item`; of a delete only the key is kept.
     ///
     /// # Panics
     /// If the row lacks the primary key.
-    pub fn change(&self, operation: Operation, row: Item) {
-        self.transaction(vec![(operation, row)]);
-    }
-
-    /// Changes committed together: they share one version.
-    ///
-    /// # Panics
-    /// As [`SqlTrigger::change`].
-    pub fn transaction(&self, rows: Vec<(Operation, Item)>) {
-        let mut database = self.database();
-        database.version += 1;
-        for (operation, row) in rows {
-            database.track(operation, row);
-        }
+    pub fn change(&mut self, operation: Operation, row: Item) {
+        self.database.version += 1;
+        self.database.track(operation, row);
     }
 
     /// Moves the virtual clock, by which leases expire.
-    pub fn advance(&self, by: Duration) {
-        self.database().now += by;
-    }
-
-    /// The retention passed: changes up to now can no longer be read, delivered or not.
-    pub fn expire_history(&self) {
-        let mut database = self.database();
-        database.min_valid_version = database.version;
-        database.rows.clear();
-    }
-
-    /// First deployment, or a renamed function or app: its state is new, so all retained changes come again.
-    pub fn forget_state(&self) {
-        let mut database = self.database();
-        database.leases.clear();
-        database.last_sync_version = database.min_valid_version;
+    pub fn advance(&mut self, by: Duration) {
+        self.database.now += by;
     }
 
     /// One turn of the loop: picks, leases and delivers a batch, then releases it if the function succeeded.
@@ -150,44 +106,24 @@ impl SqlTrigger {
         if host.stopped() || host.is_disabled(&self.function) {
             return None;
         }
-        let size = self.max_batch_size.unwrap_or_else(|| host.sql_max_batch_size());
-        let batch = self.database().take_batch(size)?;
+        let batch = self.database.take_batch(host.sql_max_batch_size())?;
         let outcome = host.trigger(&self.function, &batch.data).await;
         if outcome.succeeded() {
-            self.database().release(&batch.rows);
+            self.database.release(&batch.rows);
         }
         let Batch { keys, operations, attempts, .. } = batch;
         Some(Delivery { keys, operations, attempts, outcome })
     }
 
-    /// Polls until there is nothing to deliver now; at most `limit` deliveries.
-    pub async fn poll_all(&mut self, host: &Host, limit: usize) -> Vec<Delivery> {
-        let mut deliveries = Vec::new();
-        while deliveries.len() < limit {
-            let Some(delivery) = self.poll(host).await else { break };
-            deliveries.push(delivery);
-        }
-        deliveries
-    }
-
     /// Rows that will still be delivered: now, or when their lease expires.
     pub fn pending(&self) -> usize {
-        let database = self.database();
-        database.changed().filter(|(text, row)| database.is_pending(text, row)).count()
+        self.database.changed().filter(|(text, row)| self.database.is_pending(text, row)).count()
     }
 
     /// Keys whose five attempts are used up and that were not delivered since. Such a row's later changes are seen only
     /// if they come after another success has moved LastSyncVersion past the dropped one.
     pub fn dropped(&self) -> Vec<Value> {
-        self.database().exhausted.values().cloned().collect()
-    }
-
-    pub fn last_sync_version(&self) -> u64 {
-        self.database().last_sync_version
-    }
-
-    fn database(&self) -> MutexGuard<'_, Database> {
-        self.database.lock().unwrap_or_else(PoisonError::into_inner)
+        self.database.exhausted.values().cloned().collect()
     }
 }
 
@@ -221,7 +157,6 @@ impl Database {
     }
 
     fn take_batch(&mut self, size: usize) -> Option<Batch> {
-        self.last_sync_version = self.last_sync_version.max(self.min_valid_version);
         let mut picked: Vec<_> = self.changed().filter(|(text, row)| self.is_eligible(text, row)).collect();
         picked.sort_by_key(|(_, row)| row.version);
         picked.truncate(size);

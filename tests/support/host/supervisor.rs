@@ -43,9 +43,6 @@ pub(super) struct Supervisor {
     pub host: Dialect,
     pub port: u16,
     pub client: Client,
-    pub initialization_timeout: Duration,
-    pub function_timeout: Duration,
-    born: Instant,
     state: Mutex<State>,
     changed: watch::Sender<u64>,
     restart_wanted: Notify,
@@ -61,9 +58,8 @@ pub(super) struct State {
     /// The host itself ended the child.
     pub planned: bool,
     child: Option<Child>,
-    /// When the errors in the bucket happened, on the clock of `Supervisor::now`.
-    errors: Vec<Duration>,
-    clock_advance: Duration,
+    /// When the errors in the bucket happened.
+    errors: Vec<Instant>,
     /// The last three error lines of the current child.
     last_errors: VecDeque<String>,
 }
@@ -80,19 +76,15 @@ impl Supervisor {
             planned: false,
             child: None,
             errors: Vec::new(),
-            clock_advance: Duration::ZERO,
             last_errors: VecDeque::new(),
         };
         Self {
             root,
-            initialization_timeout: files.initialization_timeout,
-            function_timeout: files.function_timeout,
             files,
             environment,
             host,
             port,
             client: Client::new(port),
-            born: Instant::now(),
             state: Mutex::new(state),
             changed: watch::Sender::new(0),
             restart_wanted: Notify::new(),
@@ -132,7 +124,7 @@ impl Supervisor {
 
     /// How long the host waits for a handler before it gives up: four initialization timeouts.
     pub fn patience(&self) -> Duration {
-        self.initialization_timeout * (ERROR_THRESHOLD as u32 + 1)
+        self.files.initialization_timeout * (ERROR_THRESHOLD as u32 + 1)
     }
 
     /// Waits for an initialized handler and returns its worker id. When patience ends the host stops itself.
@@ -193,11 +185,6 @@ impl Supervisor {
         self.client.clear();
     }
 
-    /// Moves the clock of the error bucket.
-    pub fn age_errors(&self, by: Duration) {
-        self.state().clock_advance += by;
-    }
-
     pub fn enter(&self, phase: Phase) {
         self.update(|state| state.enter(phase));
     }
@@ -227,11 +214,10 @@ impl Supervisor {
     /// One more error in the bucket: the third stops the host, unless more than 30 minutes passed before it.
     pub fn count_error(&self) {
         self.update(|state| {
-            let now = self.now(state);
-            if state.errors.last().is_some_and(|last| now.saturating_sub(*last) > ERROR_WINDOW) {
+            if state.errors.last().is_some_and(|last| last.elapsed() > ERROR_WINDOW) {
                 state.errors.clear();
             }
-            state.errors.push(now);
+            state.errors.push(Instant::now());
             if state.errors.len() < ERROR_THRESHOLD {
                 state.enter(Phase::Starting);
             } else {
@@ -246,10 +232,6 @@ impl Supervisor {
         while !self.state().planned {
             self.restart_wanted.notified().await;
         }
-    }
-
-    fn now(&self, state: &State) -> Duration {
-        self.born.elapsed() + state.clock_advance
     }
 }
 

@@ -75,7 +75,7 @@ impl Host {
             Err(reason) => return Invocation::Failed { status: None, reason },
         };
         let id = new_guid();
-        let deadline = Instant::now() + self.supervisor.function_timeout;
+        let deadline = Instant::now() + self.supervisor.files.function_timeout;
         let outcome = match timeout_at(deadline, self.post(function, body, &id)).await {
             Err(_) => Invocation::NeverCompleted { answer: None },
             Ok(Err(reason)) => Invocation::Failed { status: None, reason },
@@ -101,7 +101,7 @@ impl Host {
             Invocation::Succeeded { .. } => format!("Executed {name} (Succeeded, Id={id})"),
             Invocation::Failed { reason, .. } => format!("Executed {name} (Failed, Id={id}): {reason}"),
             Invocation::NeverCompleted { .. } => {
-                let limit = self.supervisor.function_timeout;
+                let limit = self.supervisor.files.function_timeout;
                 format!("Timeout value of {limit:?} exceeded by function {name} (Id={id})")
             }
         });
