@@ -220,10 +220,11 @@ async fn load_all(cache: &Arc<Inner>, flights: Vec<Pending>, load: &Load) {
         Ok(entries) => entries,
         Err(failure) => return fail_all(cache, flights, failure).await,
     };
-    let mut found: HashMap<Key, Result<Entry, Failure>> = entries.into_iter().collect();
+    let found: HashMap<Key, Result<Entry, Failure>> = entries.into_iter().collect();
     let mut loaded = Vec::with_capacity(flights.len());
     for pending in flights {
-        match found.remove(&pending.guard.key).unwrap_or(Ok(Entry::Absent)) {
+        // Not taken out: of a key that a batch names twice there are two flights, if it expired between their beginnings.
+        match found.get(&pending.guard.key).cloned().unwrap_or(Ok(Entry::Absent)) {
             Ok(entry) => loaded.push((pending, entry)),
             Err(failure) => fail_all(cache, vec![pending], failure).await,
         }

@@ -1,10 +1,11 @@
 //! The invalidation log: one Redis Stream that tells every instance which keys were expired, in order, without gaps.
 //!
-//! A notice is one field `n`, as every field is sent to every reader: the id of the notice before, the floor (see
+//! A notice is one field `n`, as every field is sent to every reader: id and author of the notice before, the floor (see
 //! [`Floor`]: milliseconds, generation), the author, and the keys, or `*` for all, with spaces between. A later form takes
 //! another name: for whoever does not know it, it is about everything. Invariant (C5): a reader either hears every notice
 //! after its position or is told that it may have missed some; the id of the one before shows a trimmed, emptied or older
-//! log alike.
+//! log alike. Its author shows another log: two primaries, each of which takes itself for the only one, may give the same
+//! id in the same millisecond.
 
 use std::{
     cmp::Ordering,
@@ -29,10 +30,10 @@ use crate::{
 /// Appends a notice; `ARGV`: author, keys, largest length, largest age in milliseconds, the generation its author knows.
 const APPEND: &str = r"
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
-local before, floor, generation = '0-0'
+local before, floor, generation, by = '0-0'
 if last then
   before = last[1]
-  if last[2][1] == 'n' then floor, generation = string.match(last[2][2], '^%d+%-%d+ (%d+) (%d+) %S+ ') end
+  if last[2][1] == 'n' then floor, generation, by = string.match(last[2][2], '^%d+%-%d+ %S+ (%d+) (%d+) (%S+) ') end
 end
 generation = math.max(tonumber(generation) or 0, tonumber(ARGV[5]))
 -- After none that can be read, too: what was there may have said that what is in Redis is stale.
@@ -41,7 +42,7 @@ if ARGV[2] == '*' or not floor then
   floor, generation = clock[1] * 1000 + math.floor(clock[2] / 1000), generation + 1
 end
 local id = redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[3], '*',
-  'n', table.concat({before, floor, generation, ARGV[1], ARGV[2]}, ' '))
+  'n', table.concat({before, by or '-', floor, generation, ARGV[1], ARGV[2]}, ' '))
 -- By age every hundred seconds, as eight of thirteen digits tell: each command in a script costs those who wait.
 if string.sub(id, 1, 8) ~= string.sub(before, 1, 8) then
   redis.call('XTRIM', KEYS[1], 'MINID', '~', string.match(id, '^%d+') - ARGV[4])
@@ -66,6 +67,8 @@ const MOST_UNHEARD: usize = 10_000;
 const FIELD: &str = "n";
 /// Stands for every key.
 const EVERYTHING: &str = "*";
+/// Stands for the author of a notice that cannot be read, or of none.
+const NOBODY: &str = "-";
 
 /// Which keys a notice is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -201,7 +204,7 @@ impl Log {
 
     /// A reader that has heard nothing yet.
     pub(super) fn reader(&self) -> Reader<'_> {
-        Reader { log: self, position: None }
+        Reader { log: self, last: None }
     }
 
     /// The last notice, and the time, if wanted.
@@ -233,24 +236,24 @@ impl Log {
         Ok(self.readable(position, &text).unwrap_or(Notice {
             position,
             previous: None,
+            author: NOBODY.to_owned(),
             // A floor is Redis' time when the notice was appended, so it cannot state more than its own id.
             floor: Floor { ms: position.ms, generation: 0 },
-            own: false,
             scope: Scope::Everything,
         }))
     }
 
     fn readable(&self, position: Position, text: &str) -> Option<Notice> {
-        let mut parts = text.splitn(5, ' ');
-        let previous = Some(parts.next()?.parse().ok()?);
+        let mut parts = text.splitn(6, ' ');
+        let previous = Some((parts.next()?.parse().ok()?, parts.next()?.to_owned()));
         let floor = Floor { ms: parts.next()?.parse().ok()?, generation: parts.next()?.parse().ok()? };
-        let own = parts.next()? == self.author;
+        let author = parts.next()?.to_owned();
         let scope = match parts.next()? {
             EVERYTHING => Scope::Everything,
             // A kind that this version does not know cannot be in its memory.
             keys => Scope::Keys(keys.split_ascii_whitespace().filter_map(|key| Key::parse(key, self.kinds)).collect()),
         };
-        Some(Notice { position, previous, floor, own, scope })
+        Some(Notice { position, previous, author, floor, scope })
     }
 }
 
@@ -263,9 +266,11 @@ struct Own {
 }
 
 impl Own {
-    /// Takes note that a notice was heard; `false` if one of ours should have come before it.
-    fn hear(&mut self, position: Position) -> bool {
-        self.unheard.remove(&position);
+    /// Takes note that a notice was heard; `false` if one of ours should have come before it, or in its place.
+    fn hear(&mut self, position: Position, is_ours: bool) -> bool {
+        if is_ours {
+            self.unheard.remove(&position);
+        }
         self.heard = position;
         self.unheard.first().is_none_or(|unheard| *unheard > position)
     }
@@ -273,10 +278,10 @@ impl Own {
 
 struct Notice {
     position: Position,
-    /// The one before; `None` if it does not say so in a form that is known.
-    previous: Option<Position>,
+    /// The one before and its author; `None` if it does not say so in a form that is known.
+    previous: Option<(Position, String)>,
+    author: String,
     floor: Floor,
-    own: bool,
     scope: Scope,
 }
 
@@ -290,19 +295,20 @@ impl Notice {
 /// Reads the log from a position, over the log's own connection.
 pub(super) struct Reader<'a> {
     log: &'a Log,
-    position: Option<Position>,
+    /// The last notice heard and its author.
+    last: Option<(Position, String)>,
 }
 
 impl Reader<'_> {
     /// The last notice heard; `None` before the first read.
     pub(super) fn position(&self) -> Option<Position> {
-        self.position
+        self.last.as_ref().map(|(position, _)| *position)
     }
 
     /// Waits up to [`BLOCK`] (or not at all, where the log is polled) for notices after the position. On an error the
     /// position stays, so the next read resumes. `known`: the floor as far as this instance knows.
     pub(super) async fn read(&mut self, want_time: bool, known: Floor) -> Result<Heard, Error> {
-        let Some(position) = self.position else { return self.start(News::Missed, known).await };
+        let Some(position) = self.position() else { return self.start(News::Missed, known).await };
         let mut command = redis::cmd("XREAD");
         command.arg("COUNT").arg(PAGE);
         let block = if self.log.poll.is_none() { BLOCK } else { Duration::ZERO };
@@ -317,30 +323,33 @@ impl Reader<'_> {
         }
         let caught_up = entries.len() < PAGE;
         let mut heard = Heard { caught_up, redis_us, ..Heard::default() };
-        let mut last = position;
+        let mut last = self.last.clone();
         for entry in entries {
             let notice = self.log.notice(entry)?;
-            match notice.previous.map(|previous| previous.cmp(&last)) {
-                Some(Ordering::Greater) => heard.news.push(News::Missed),
-                Some(Ordering::Less) => heard.news.push(News::Reset),
-                Some(Ordering::Equal) | None => {}
+            if let (Some((previous, by)), Some((last, author))) = (&notice.previous, &last) {
+                match previous.cmp(last) {
+                    Ordering::Greater => heard.news.push(News::Missed),
+                    Ordering::Equal if by == author => {}
+                    Ordering::Equal | Ordering::Less => heard.news.push(News::Reset),
+                }
             }
             heard.floor = heard.floor.or_higher(notice.floor);
             heard.said_ms = heard.said_ms.max(notice.said_ms());
+            let is_ours = notice.author == self.log.author;
             let mut own = self.log.own();
-            if !own.hear(notice.position) {
+            if !own.hear(notice.position, is_ours) {
                 own.unheard.clear();
                 heard.news.push(News::Reset);
             }
             drop(own);
             // What this instance expired itself it has expired here already; everything is expired once more, so that
             // nothing below the new floor stays.
-            if !notice.own || notice.scope == Scope::Everything {
+            if !is_ours || notice.scope == Scope::Everything {
                 heard.news.push(News::Expired(notice.scope));
             }
-            last = notice.position;
+            last = Some((notice.position, notice.author));
         }
-        self.position = Some(last);
+        self.last = last;
         Ok(heard)
     }
 
@@ -352,7 +361,7 @@ impl Reader<'_> {
             Some(tail) if appended.is_some_and(|appended| tail.position < appended) => {
                 self.start(News::Reset, known).await
             }
-            Some(tail) if tail.position == position => {
+            Some(tail) if self.last.as_ref() == Some(&(tail.position, tail.author.clone())) => {
                 Ok(Heard { floor: tail.floor, said_ms: tail.said_ms(), caught_up: true, ..Heard::default() })
             }
             Some(tail) if tail.position > position => {
@@ -376,12 +385,16 @@ impl Reader<'_> {
                 self.log.tail(false).await?.0.ok_or_else(|| malformed("log without the notice just appended"))?
             }
         };
-        self.position = Some(tail.position);
+        // Ours, which a Redis has acknowledged and this one does not have.
+        let lost = before.last().is_some_and(|own| *own > tail.position);
+        let (floor, said_ms) = (tail.floor, tail.said_ms());
+        let why = if lost { News::Reset } else { why };
         let mut own = self.log.own();
         own.unheard.retain(|notice| *notice > tail.position && !before.contains(notice));
         own.heard = tail.position;
         drop(own);
-        Ok(Heard { news: vec![why], floor: tail.floor, said_ms: tail.said_ms(), caught_up: true, redis_us })
+        self.last = Some((tail.position, tail.author));
+        Ok(Heard { news: vec![why], floor, said_ms, caught_up: true, redis_us })
     }
 }
 
@@ -397,9 +410,11 @@ mod tests {
     fn a_notice_of_ours_that_the_log_has_passed_was_lost() {
         let at = |ms| Position { ms, number: 0 };
         let mut own = Own { unheard: [at(2), at(4)].into(), heard: at(0) };
-        assert!(own.hear(at(1)) && own.hear(at(2)) && own.hear(at(3)) && own.hear(at(4)) && own.hear(at(5)));
+        assert!((1..=5).all(|ms| own.hear(at(ms), ms % 2 == 0)));
         own.unheard.insert(at(6));
-        assert!(!own.hear(at(7)));
+        assert!(!own.hear(at(7), false));
+        own.unheard = [at(8)].into();
+        assert!(!own.hear(at(8), false), "another one stands in its place");
     }
 
     #[test]

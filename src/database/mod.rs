@@ -107,7 +107,7 @@ pub struct Changes {
     pub position: Position,
     /// Changes before this page are no longer known: any key may have changed.
     pub overrun: bool,
-    /// More is waiting: ask again at once.
+    /// More is waiting: ask again at once. If not, these are all that were committed when it was asked.
     pub more: bool,
 }
 

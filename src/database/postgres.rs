@@ -155,9 +155,11 @@ impl Engine for Postgres {
         if lost || changes.iter().any(|(_, key)| key.is_none()) {
             return everything().await;
         }
-        let more = changes.len() as i64 == FEED_PAGE;
+        let is_full = changes.len() as i64 == FEED_PAGE;
+        // What was committed after the first page's snapshot is not in the last one.
+        let more = is_full || mark.page.is_some();
         let position = match changes.last() {
-            Some((version, _)) if more => Mark { page: Some((upto, *version)), ..mark },
+            Some((version, _)) if is_full => Mark { page: Some((upto, *version)), ..mark },
             _ => Mark { seen: upto, page: None, ..mark },
         };
         let mut keys: Vec<_> = changes.into_iter().filter_map(|(_, key)| key).map(i64::from).collect();

@@ -86,7 +86,7 @@ async fn a_notice_of_another_form_is_about_everything_and_nobody_answers_it() {
         .await;
         assert_eq!(redis.command(&["XLEN", LOG]).await, Value::Int(notices));
     };
-    for (form, value) in [(["p", "0-0 0 0 x *"], 11), (["n", "0-0 0"], 12), (["n", "0-0 0 0 x"], 13)] {
+    for (form, value) in [(["p", "0-0 - 0 0 x *"], 11), (["n", "0-0 - 0"], 12), (["n", "0-0 - 0 0 x"], 13)] {
         for id in 1..=3 {
             join_all(nodes.each_ref().map(|node| node.value(id))).await;
         }
@@ -112,7 +112,7 @@ async fn a_reset_is_answered_though_a_notice_of_another_form_follows_it() {
     let _node = Node::hearing(&Truth::new(&[]), &proxy.redis_url(), &[]).await;
     proxy.set(Fault::Refuse);
     redis.command(&["DEL", LOG]).await;
-    for (field, text) in [("n", "0-0 0 0 nobody thing:9"), ("p", "0-0")] {
+    for (field, text) in [("n", "0-0 - 0 0 nobody thing:9"), ("p", "0-0")] {
         redis.command(&["XADD", LOG, "*", field, text]).await;
     }
     proxy.set(Fault::None);
@@ -126,7 +126,7 @@ async fn notices_that_are_a_day_old_or_too_many_leave_the_log() {
     let truth = Truth::new(&[(1, 10)]);
     // Redis drops whole nodes of a stream, a hundred notices each.
     let add = "for i = 1, 1000 do
-      redis.call('XADD', KEYS[1], ARGV[1] == 'old' and i .. '-1' or '*', 'n', '0-0 0 0 nobody product:2')
+      redis.call('XADD', KEYS[1], ARGV[1] == 'old' and i .. '-1' or '*', 'n', '0-0 - 0 0 nobody product:2')
     end";
     for (age, settings, most) in [("old", &[][..], 100), ("new", &[("REDIS_LOG_MAX_LENGTH", "500")], 600)] {
         redis.command(&["FLUSHALL"]).await;
@@ -226,6 +226,57 @@ async fn an_older_copy_of_redis_brings_nothing_back() {
         (new.value(1).await == Some(11) && new.value(2).await == Some(21)).then_some(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn an_own_notice_that_redis_lost_before_anybody_heard_it_is_answered() {
+    for has_heard_before in [true, false] {
+        let mut redis = RedisServer::start().await;
+        let proxy = Proxy::start(redis.port).await;
+        let truth = Truth::new(&[(1, 10)]);
+        Node::hearing(&truth, &redis.url(), &[]).await.value(1).await;
+        let deaf = || proxy.set_on(Link::Log, Fault::Stall);
+        if !has_heard_before {
+            deaf();
+        }
+        let author = Node::new(&truth, Some(&proxy.redis_url()), &[("REDIS_RESPONSE_TIMEOUT_MS", "200")]);
+        if has_heard_before {
+            author.until_it_hears().await;
+            deaf();
+        }
+        redis.command(&["SAVE"]).await;
+        truth.set(1, 11);
+        author.cache.expire(&[key(1)], BUDGET).await.unwrap();
+        redis.restart().await; // with what was saved: the old entry fresh, and no notice
+        sleep(Duration::from_secs(1)).await; // what was asked before that is given up
+        proxy.set(Fault::None);
+        eventually("nobody is given what was expired", async || {
+            (Node::hearing(&truth, &redis.url(), &[]).await.value(1).await == Some(11)).then_some(())
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn another_log_is_noticed_though_its_last_notice_has_the_same_id() {
+    const REPLACE: &str = "redis.call('DEL', KEYS[1])
+      redis.call('XADD', KEYS[1], ARGV[1], 'n', ARGV[2])
+      if ARGV[3] then redis.call('XADD', KEYS[1], '*', 'n', ARGV[3]) end";
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::hearing(&truth, &redis.url(), &[]).await;
+    for (new, goes_on) in [(11, false), (12, true)] {
+        node.value(1).await;
+        let (id, text) = last_notice(&redis).await;
+        let mut parts: Vec<_> = text.splitn(6, ' ').collect();
+        parts[4] = "another";
+        let (text, next) = (parts.join(" "), format!("{id} another {} {} another thing:2", parts[2], parts[3]));
+        truth.set(1, new);
+        let mut replace = vec!["EVAL", REPLACE, "1", LOG, &id, &text];
+        replace.extend(goes_on.then_some(&*next));
+        redis.command(&replace).await;
+        eventually("nothing is trusted", async || (node.value(1).await == Some(new)).then_some(())).await;
+    }
 }
 
 // ---- C6: bounded staleness --------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ use product_cache::{
     database::Database,
     product::TABLE,
 };
+use tokio::time::sleep;
 
 use super::{product, products, server, settings};
 use crate::support::{
@@ -169,4 +170,30 @@ async fn an_identity_that_is_no_user_of_the_database_is_told_what_makes_it_one()
     let identity = Identity::start(|_| token("ey.1", 3600)).await;
     let error = database(fake.port, Some(identity.endpoint()), None).open().await.expect_err("refused").to_string();
     assert!(error.contains("token-identified principal") && error.contains("sql/sqlserver-access.sql"), "{error}");
+}
+
+#[tokio::test]
+async fn a_token_that_the_server_refuses_is_asked_for_anew_though_it_has_not_ended_here() {
+    /// Between two tokens, so that one that helps nothing is not asked for at each login.
+    const PAUSE: Duration = Duration::from_secs(30);
+    let fake = Server::start(products(vec![product(1)])).await;
+    let identity = Identity::start(|number| token(&format!("ey.{number}"), 3600)).await;
+    let database = database(fake.port, Some(identity.endpoint()), None);
+    let rows = || database.rows(&TABLE, &[1]);
+    rows().await.unwrap();
+    fake.welcome(Welcome::Refused(18_456, "Login failed for user '<token-identified principal>'."));
+    assert!(rows().await.is_err() && rows().await.is_err());
+    assert_eq!(identity.asked().len(), 1, "it was given just now");
+    sleep(PAUSE).await;
+    eventually("another one is asked for", async || {
+        assert!(rows().await.is_err());
+        (identity.asked().len() == 2).then_some(())
+    })
+    .await;
+    fake.welcome(Welcome::In);
+    eventually("it is used", async || {
+        rows().await.unwrap();
+        (tokens(&fake).last()? == "ey.2").then_some(())
+    })
+    .await;
 }

@@ -64,7 +64,7 @@ impl Connector {
         Self { server: server.clone(), credentials }
     }
 
-    async fn config(&self, host: &str, port: u16) -> Result<Config, Failure> {
+    fn config(&self, host: &str, port: u16, token: Option<&Secret>) -> Result<Config, Failure> {
         let mut config = Config::new();
         config.host(host);
         config.port(port);
@@ -76,7 +76,10 @@ impl Connector {
         // The pool bounds the handshake, and `Database` a query.
         config.handshake_timeout(None);
         config.command_timeout(None);
-        config.authentication(self.authentication().await?);
+        config.authentication(match (&self.credentials, token) {
+            (Credentials::Password { user, password }, _) => AuthMethod::sql_server(user, password.reveal()),
+            (Credentials::Identity(_), token) => AuthMethod::aad_token(token.map_or("", Secret::reveal)),
+        });
         match &self.server.tls {
             // The login is encrypted nevertheless, as ADO.NET does it.
             Tls::Off => {
@@ -102,28 +105,30 @@ impl Connector {
         Ok(config)
     }
 
-    async fn authentication(&self) -> Result<AuthMethod, Failure> {
+    /// The token to log in with, if it is the app's identity that does.
+    async fn token(&self) -> Result<Option<Secret>, Failure> {
         match &self.credentials {
-            Credentials::Password { user, password } => Ok(AuthMethod::sql_server(user, password.reveal())),
+            Credentials::Password { .. } => Ok(None),
             Credentials::Identity(_) if self.server.tls == Tls::Off => {
                 Err(Failure::Refused("a managed identity's token is only sent encrypted: set Encrypt=True".to_owned()))
             }
-            Credentials::Identity(tokens) => {
-                let token = tokens.token().await.map_err(|problem| Failure::Refused(format!("no token: {problem}")))?;
-                Ok(AuthMethod::aad_token(token.reveal()))
-            }
+            Credentials::Identity(tokens) => match tokens.token().await {
+                Ok(token) => Ok(Some(token)),
+                Err(problem) => Err(Failure::Refused(format!("no token: {problem}"))),
+            },
         }
     }
 
-    fn login_failure(&self, error: tiberius::error::Error) -> Failure {
+    fn login_failure(&self, error: tiberius::error::Error, token: Option<&Secret>) -> Failure {
         let refused = error.code() == Some(LOGIN_FAILED);
-        match failure(error) {
-            Failure::Refused(problem) if refused && matches!(self.credentials, Credentials::Identity(_)) => {
+        match (failure(error), &self.credentials, token) {
+            (Failure::Refused(problem), Credentials::Identity(tokens), Some(token)) if refused => {
+                tokens.refused(token);
                 Failure::Refused(format!(
                     "{problem} (sql/sqlserver-access.sql says how a managed identity becomes a user of the database)"
                 ))
             }
-            failure => failure,
+            (failure, ..) => failure,
         }
     }
 }
@@ -132,9 +137,10 @@ impl Connect for Connector {
     type Connection = Connection;
 
     async fn connect(&self) -> Result<Connection, Failure> {
+        let token = self.token().await?;
         let (mut host, mut port) = (self.server.host.clone(), self.server.port);
         for _ in 0..=MOST_REDIRECTS {
-            let config = self.config(&host, port).await?;
+            let config = self.config(&host, port, token.as_ref())?;
             let stream = reach(&host, port).await;
             let stream = stream.map_err(|error| Failure::Lost(format!("{host}:{port} cannot be reached: {error}")))?;
             match Client::connect(config, stream.compat_write()).await {
@@ -152,7 +158,7 @@ impl Connect for Connector {
                         )));
                     }
                 }
-                Err(error) => return Err(self.login_failure(error)),
+                Err(error) => return Err(self.login_failure(error, token.as_ref())),
             }
         }
         Err(Failure::Lost(format!("redirected more than {MOST_REDIRECTS} times, last to {host}:{port}")))
