@@ -31,6 +31,30 @@ fn level_durations_follow_the_common_one_until_set_apart() {
 }
 
 #[test]
+fn no_number_is_read_in_vain() {
+    /// What only bounds others and is kept nowhere.
+    const CHECKED: [&str; 1] = ["REDIS_MAX_CLIENTS"];
+    let shown = |frugal: &'static str, setting: Option<(&str, &str)>| {
+        let given = [("Redis", "localhost"), ("REDIS_FRUGAL", frugal)].into_iter().chain(setting);
+        let mut config = parse(&given.collect::<Vec<_>>()).ok()?;
+        config.given.clear();
+        Some(format!("{config:?}"))
+    };
+    for setting in SETTINGS.iter().filter(|setting| !CHECKED.contains(&setting.name)) {
+        let Kind::Number(least, most) = setting.kind else { continue };
+        let usually: u64 = setting.default.parse().unwrap_or(least);
+        let near = [usually + 1, usually + 2, usually.saturating_sub(1), usually * 2];
+        let others: Vec<_> = near.into_iter().filter(|other| (least..=most).contains(other)).collect();
+        let counts = |frugal| {
+            let with = others.iter().filter_map(|other| shown(frugal, Some((setting.name, &other.to_string()))));
+            let usual = shown(frugal, None).expect("valid");
+            with.into_iter().any(|shown| shown != usual)
+        };
+        assert!(counts("off") || counts("on"), "{}", setting.name);
+    }
+}
+
+#[test]
 fn the_newer_port_variable_wins() {
     let both = [("FUNCTIONS_HTTPWORKER_PORT", "4001"), ("FUNCTIONS_CUSTOMHANDLER_PORT", "4002")];
     let config = parse(&both).expect("valid");

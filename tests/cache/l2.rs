@@ -26,6 +26,23 @@ async fn a_new_instance_reads_redis_instead_of_the_database_and_keeps_it_no_long
 }
 
 #[tokio::test]
+async fn prefixes_keep_apps_on_one_redis_apart() {
+    let redis = RedisServer::start().await;
+    let truths = [Truth::new(&[(1, 10)]), Truth::new(&[(1, 20)])];
+    let a = Node::hearing(&truths[0], &redis.url(), &[("REDIS_PREFIX", "a")]).await;
+    let b = Node::hearing(&truths[1], &redis.url(), &[("REDIS_PREFIX", "b")]).await;
+    assert_eq!((a.value(1).await, b.value(1).await), (Some(10), Some(20)));
+    let mut keys: Vec<String> = redis::from_redis_value(redis.command(&["KEYS", "*"]).await).unwrap();
+    keys.sort();
+    assert_eq!(keys, ["{a}:log", "{a}:thing:1", "{b}:log", "{b}:thing:1"]);
+    let position = b.cache.status().log_position;
+    a.cache.expire_everything(BUDGET).await.unwrap();
+    a.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    sleep(Duration::from_millis(100)).await; // long enough to hear it
+    assert_eq!((b.read(1).await.how().level, b.cache.status().log_position), (Level::Memory, position));
+}
+
+#[tokio::test]
 async fn a_hit_in_redis_is_one_command_and_takes_no_lease() {
     let redis = RedisServer::start().await;
     let truth = Truth::new(&[(1, 10)]);

@@ -1,14 +1,18 @@
 //! C1 and C2: concurrent readers of a cold key share one load, of their instance and of the cluster, and whatever
 //! becomes of that load, its key is free again.
 
-use std::{sync::atomic::Ordering, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
-use product_cache::cache::{Failure, Level};
+use product_cache::cache::{Entry, Failure, Key, Level, Load, entry::Body};
+use redis::Value;
 use tokio::time::{sleep, timeout};
 
 use crate::support::{
     PATIENCE, eventually,
-    node::{Node, Truth, ended, key, value},
+    node::{BUDGET, Node, Truth, ended, key, value},
     redis::RedisServer,
 };
 
@@ -140,9 +144,70 @@ async fn a_lease_whose_holder_died_costs_one_more_load() {
     let truth = Truth::new(&[(1, 10)]);
     leave_lease(&redis, 1).await;
     let node = Node::hearing(&truth, &redis.url(), &[("CACHE_LEASE_WAIT_MS", "200")]).await;
-    assert_eq!(node.value(1).await, Some(10));
+    let read = timeout(PATIENCE, node.value(1)).await;
+    assert_eq!(read.expect("long before the lease ends"), Some(10));
     assert_eq!(truth.loads(), 1);
     assert_eq!(node.read(1).await.how().level, Level::Memory, "it is kept here all the same");
+}
+
+#[tokio::test]
+async fn a_lease_lasts_as_long_as_its_setting_says() {
+    const NAME: &str = "{product-cache}:thing:1";
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let settings = [("CACHE_LEASE_MS", "7000")];
+    let node = Node::hearing(&truth, &redis.url(), &settings).await;
+    node.value(1).await;
+    node.cache.expire(&[key(1)], BUDGET).await.unwrap(); // an old copy stays, and with it the key, for a day
+    for load in [2, 3] {
+        truth.hold();
+        let read = node.begin(1);
+        truth.begun(load).await;
+        let until: u64 = redis::from_redis_value(redis.command(&["HGET", NAME, "u"]).await).unwrap();
+        let (now_s, _): (u64, u64) = redis::from_redis_value(redis.command(&["TIME"]).await).unwrap();
+        let left = until.saturating_sub(now_s * 1000);
+        assert!((1..=8000).contains(&left), "{left} ms");
+        truth.release();
+        ended(read).await.unwrap();
+        redis.command(&["DEL", NAME]).await; // and then without one
+        node.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_stored_leaves_no_lease_behind() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let settings = [("CACHE_MAX_BODY_BYTES", "1024"), ("CACHE_LEASE_MS", "60000")];
+    let node = Node::hearing(&truth, &redis.url(), &settings).await;
+    let fields = async |id: i64| redis.command(&["HLEN", &format!("{{product-cache}}:thing:{id}")]).await;
+    truth.fail(true);
+    assert!(node.try_read(1).await.is_err());
+    eventually("after a failed load", async || (fields(1).await == Value::Int(0)).then_some(())).await;
+    let large: Load = Arc::new(|keys: Vec<Key>| {
+        let body = Body::new(&[b'x'; 2000], None);
+        Box::pin(async move { Ok(keys.into_iter().map(|key| (key, Ok(Entry::Found(body.clone())))).collect()) })
+    });
+    let answer = node.cache.get_or_load(&[key(2)], None, &large).await.remove(0).unwrap();
+    assert!(!answer.how().stored);
+    eventually("after a body that is too large", async || (fields(2).await == Value::Int(0)).then_some(())).await;
+}
+
+#[tokio::test]
+async fn whoever_wants_it_younger_than_a_load_under_way_does_not_take_what_that_brings() {
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::new(&truth, None, &[]);
+    truth.hold();
+    let first = node.begin(1);
+    truth.begun(1).await;
+    truth.set(1, 11);
+    let (cache, load) = (node.cache.clone(), node.load.clone());
+    let young = tokio::spawn(async move { cache.get_or_load(&[key(1)], Some(Duration::ZERO), &load).await.remove(0) });
+    sleep(Duration::from_millis(50)).await; // it has joined
+    truth.release();
+    assert_eq!(value(&ended(first).await.unwrap()), Some(10));
+    assert_eq!(value(&ended(young).await.unwrap()), Some(11));
+    assert_eq!(truth.loads(), 2);
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use product_cache::cache::{Entry, Failure, Key, Level, Load, Stale, entry::Body};
+use redis::Value;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::support::{
@@ -68,6 +69,71 @@ async fn a_stale_copy_in_redis_saves_an_instance_that_never_had_one() {
     let new = Node::hearing(&truth, &redis.url(), &[]).await;
     let answer = new.read(1).await;
     assert_eq!((value(&answer), answer.how().stale), (Some(10), Some(Stale::DatabaseFailed)));
+    let left_ms = async |id: i64| redis.command(&["PTTL", &format!("{{product-cache}}:thing:{id}")]).await;
+    let Value::Int(left) = left_ms(1).await else { panic!("no time") };
+    assert!(left > 3_600_000, "the lease of a load that failed has not shortened the copy's time: {left} ms");
+    assert!(new.try_read(2).await.is_err());
+    let left = left_ms(2).await; // the lease is given back, or lasts no longer than it may
+    assert!(matches!(left, Value::Int(-2 | 1..=10_000)), "{left:?}");
+}
+
+#[tokio::test]
+async fn entries_loaded_together_do_not_end_together() {
+    let truth = Truth::new(&(1..=100).map(|id| (id, 1)).collect::<Vec<_>>());
+    let node = Node::new(&truth, None, &[("CACHE_JITTER_PERCENT", "50")]);
+    let mut left_s = Vec::new();
+    for id in 1..=100 {
+        left_s.push(node.read(id).await.ttl_s());
+    }
+    let (first, last) = (left_s.iter().min().unwrap(), left_s.iter().max().unwrap());
+    assert!((100..=200).contains(first) && (250..=300).contains(last), "from {first} s to {last} s");
+}
+
+#[tokio::test]
+async fn that_something_is_absent_is_said_for_its_own_time_and_never_stale() {
+    let redis = RedisServer::start().await;
+    for redis_url in [None, Some(redis.url())] {
+        let truth = Truth::new(&[]);
+        let settings = [("CACHE_ABSENT_DURATION_S", "1")];
+        let nodes = [(); 2].map(|()| Node::new(&truth, redis_url.as_deref(), &settings));
+        if redis_url.is_some() {
+            nodes[0].until_it_hears().await;
+            nodes[1].until_it_hears().await;
+        }
+        assert_eq!(nodes[0].value(1).await, None);
+        sleep(Duration::from_millis(1100)).await;
+        truth.fail(true);
+        for node in &nodes {
+            assert!(node.try_read(1).await.is_err(), "nobody can tell any more");
+        }
+        truth.fail(false);
+        truth.set(1, 10);
+        for node in &nodes {
+            eventually("it is found", async || {
+                (node.try_read(1).await.ok().and_then(|a| value(&a)) == Some(10)).then_some(())
+            })
+            .await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_load_that_fails_after_an_expiry_keeps_nobody_from_trying_at_once() {
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::new(&truth, None, &[]);
+    node.value(1).await;
+    node.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    truth.hold();
+    let read = node.begin(1);
+    truth.begun(2).await;
+    node.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    truth.fail(true);
+    truth.release();
+    let _ = ended(read).await;
+    truth.fail(false);
+    truth.set(1, 11);
+    let loads = truth.loads();
+    assert_eq!(node.value(1).await, Some(11), "after {loads} loads");
 }
 
 #[tokio::test]
@@ -113,6 +179,8 @@ async fn connections_are_as_many_as_the_settings_say_and_come_back_as_many() {
     redis.command(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]).await;
     node.cache.expire(&[key(1)], BUDGET).await.unwrap();
     eventually("as many as before", async || (redis.clients().await == 3).then_some(())).await;
+    let _more = Node::hearing(&truth, &redis.url(), &[("REDIS_POOL_SIZE", "4")]).await;
+    eventually("four and the log's", async || (redis.clients().await == 3 + 5).then_some(())).await;
 }
 
 // ---- soft timeout -----------------------------------------------------------------------------------------------
@@ -265,6 +333,31 @@ async fn a_refresh_overtaken_by_an_expiry_is_not_kept() {
     truth.release();
     sleep(Duration::from_millis(50)).await; // the overtaken refresh lands
     assert_eq!(node.value(1).await, Some(11));
+}
+
+#[tokio::test]
+async fn a_refresh_that_fails_is_not_tried_again_by_each_reader() {
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::new(&truth, None, &[("CACHE_DURATION_S", "20"), ("CACHE_EAGER_FACTOR", "1000")]);
+    truth.hold();
+    let first = node.begin(1);
+    truth.begun(1).await;
+    sleep(Duration::from_millis(100)).await; // how long the load takes decides when it is refreshed
+    truth.release();
+    ended(first).await.unwrap();
+    truth.fail(true);
+    eventually("a refresh begins", async || {
+        node.value(1).await;
+        (truth.loads() == 2).then_some(())
+    })
+    .await;
+    sleep(Duration::from_millis(100)).await; // it fails
+    for _ in 0..100 {
+        let answer = node.read(1).await;
+        assert_eq!((value(&answer), answer.how().level, answer.how().stale), (Some(10), Level::Memory, None));
+        sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!(truth.loads(), 2, "not for as long as a failed load rests");
 }
 
 #[tokio::test]

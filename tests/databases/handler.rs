@@ -39,7 +39,7 @@ enum Trouble {
     Restarted,
 }
 
-fn on(url: &str) -> Start {
+pub fn on(url: &str) -> Start {
     start()
         .env("Sql", url)
         .env("CACHE_HARD_TIMEOUT_MS", 1000)
@@ -47,7 +47,7 @@ fn on(url: &str) -> Start {
         .env("CACHE_FAIL_SAFE_THROTTLE_S", 1)
 }
 
-fn shows(reply: &Reply, name: &str) -> bool {
+pub fn shows(reply: &Reply, name: &str) -> bool {
     reply.status == 200 && reply.text().contains(&format!("\"name\":\"{name}\""))
 }
 
@@ -55,7 +55,7 @@ async fn in_time(what: &str, reply: impl Future<Output = Reply>) -> Reply {
     timeout(DEADLINE, reply).await.unwrap_or_else(|_| panic!("{what}: no answer in {DEADLINE:?}"))
 }
 
-async fn rename(server: &DatabaseServer, id: i64, name: &str) {
+pub async fn rename(server: &DatabaseServer, id: i64, name: &str) {
     server.sql(&format!("UPDATE product SET Name = '{name}' WHERE ProductID = {id}")).await;
 }
 

@@ -1,5 +1,6 @@
 //! What every engine must do alike, on real servers: one suite, run for each.
 
+mod deaf;
 mod feed;
 mod handler;
 mod outages;
