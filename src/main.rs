@@ -19,10 +19,13 @@ use product_cache::{
 };
 use tokio::{runtime::Handle, signal};
 
-/// Wrong settings. The host counts any code but 0 and 200 as an error, restarts twice and then gives up.
-const WRONG_SETTINGS: u8 = 2;
 /// The port could not be bound, or the server failed.
 const CANNOT_SERVE: u8 = 1;
+/// `doctor` found something that does not work.
+const FAILED: u8 = 1;
+/// Wrong settings. The host counts any code but 0 and 200 as an error, restarts twice and then gives up (functions host,
+/// `WorkerProcess.OnProcessExited`, `HttpFunctionInvocationDispatcher`).
+const WRONG_SETTINGS: u8 = 2;
 /// Stopped by a signal while a host may still want us: not 0, which the host takes for "done, do not restart".
 const STOPPED_UNDER_HOST: u8 = 3;
 /// How long a connection may be open until its first request's head is there: .NET's pool opens some long before it uses
@@ -34,9 +37,6 @@ const USAGE: &str = "usage: handler            answers HTTP, settings from the e
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
-/// `doctor` found something that does not work.
-const FAILED: u8 = 1;
 
 fn main() -> ExitCode {
     match std::env::args().skip(1).collect::<Vec<_>>().iter().map(String::as_str).collect::<Vec<_>>()[..] {

@@ -316,25 +316,16 @@ impl Reader<'_> {
     }
 
     /// A name one or two letters off one of ours is a mistake. Others' variables are not: only names that begin as
-    /// ours do are looked at, and twice where others' do so, too (`HTTP_HOST` is none of ours).
+    /// ours do, and nobody else's, are looked at (.NET has an `HTTP_PORTS`).
     pub(super) fn find_misspelled(&mut self) {
-        const OURS: [(&str, usize); 8] = [
-            ("CACHE_", 2),
-            ("REDIS_", 2),
-            ("DATABASE_", 2),
-            ("REQUEST_", 2),
-            ("INVALIDATE_", 2),
-            ("FEED_", 2),
-            ("FUNCTIONS_", 2),
-            ("HTTP_", 1),
-        ];
-        for name in self.variables.keys().filter(|name| !is_known(name)) {
-            let Some((_, most)) = OURS.iter().find(|(start, _)| name.starts_with(start)) else { continue };
+        const OURS: [&str; 7] = ["CACHE_", "REDIS_", "DATABASE_", "REQUEST_", "INVALIDATE_", "FEED_", "FUNCTIONS_"];
+        let ours = |name: &str| OURS.iter().any(|start| name.starts_with(start));
+        for name in self.variables.keys().filter(|name| ours(name) && !is_known(name)) {
             let close = SETTINGS
                 .iter()
                 .map(|setting| setting.name)
                 .chain(HOST_NAMES)
-                .find(|known| strsim::damerau_levenshtein(&name.to_uppercase(), &known.to_uppercase()) <= *most);
+                .find(|known| strsim::damerau_levenshtein(&name.to_uppercase(), &known.to_uppercase()) <= 2);
             if let Some(known) = close {
                 self.mistakes.push(format!("{name} is not a setting; did you mean {known}?"));
             }

@@ -1,7 +1,8 @@
 //! `handler doctor`: what a deployment usually gets wrong, looked for in seconds with the handler's own settings.
 //!
-//! Owns the report; what is looked at is said by `host_files`, `Database::examine` and `redis::examine`. Changes
-//! nothing but a scratch key in Redis. Invariant: no line holds a secret, and every finding that is not fine says what to do.
+//! Owns the report; what is looked at is said by `host_files`, `Database::examine` and `redis::examine`. Leaves
+//! nothing behind but a script in Redis' cache of scripts and, as the handler does, an SQLite file in WAL mode. Invariant:
+//! no line holds a secret, and every finding that is not fine says what to do.
 
 mod host_files;
 

@@ -214,9 +214,9 @@ fn respond(counts: &Counts, head: &RequestHead, outcome: thread::Result<Result<H
     outcome.unwrap_or_else(|error| {
         if let Error::Broken(problem) = &error {
             counts.broken.fetch_add(1, Ordering::Relaxed);
-            tracing::error!(problem, invocation = invocation(head), "a bug");
+            tracing::error!(problem, invocation = invocation_id(head), "a bug");
         }
-        error.response(invocation(head))
+        error.response(invocation_id(head))
     })
 }
 
@@ -266,7 +266,7 @@ fn is_from_host(head: &RequestHead, peer: Option<SocketAddr>) -> bool {
 }
 
 /// The host's id of this invocation, if it is one. Repeated or odd ones are cut, as they come from outside.
-fn invocation(head: &RequestHead) -> Option<&str> {
+fn invocation_id(head: &RequestHead) -> Option<&str> {
     let id = head.headers.get("x-azure-functions-invocationid")?.to_str().ok()?;
     Some(id.get(..64).unwrap_or(id)).filter(|id| id.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' '))
 }
