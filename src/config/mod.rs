@@ -211,6 +211,8 @@ pub struct Database {
     pub connect_timeout: Duration,
     /// Bound of one query (`CACHE_HARD_TIMEOUT_MS`).
     pub query_timeout: Duration,
+    /// Other machines may be talked to without checking their certificates.
+    pub allow_unverified: bool,
     /// Age at which a connection is replaced (`DATABASE_CONNECTION_MAX_AGE_S`).
     pub max_age: Duration,
     /// Where the platform gives out tokens of the app's managed identity.

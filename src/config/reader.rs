@@ -203,7 +203,8 @@ impl Reader<'_> {
         found.map_or_else(|| (name.to_owned(), String::new()), |(name, text)| (name, text.to_owned()))
     }
 
-    fn source(&mut self) -> Source {
+    /// Which database, and whether servers may go unverified.
+    fn source(&mut self) -> (Source, bool) {
         let (name, text) = self.connection_string("Sql", SQL_PREFIXES);
         let source = connection_string::parse(&name, &text).unwrap_or_else(|mistakes| {
             self.mistakes.extend(mistakes.into_iter().map(|mistake| format!("{name}: {mistake}")));
@@ -214,7 +215,7 @@ impl Reader<'_> {
             let lacking = match server.tls {
                 Tls::Off => "would not be encrypted",
                 Tls::Unverified => "would accept any certificate",
-                Tls::Verified { .. } => return source,
+                Tls::Verified { .. } => return (source, allowed),
             };
             self.mistakes.push(format!(
                 "{name}: the connection to {} {lacking}; ask for encryption and verification there, or set \
@@ -222,11 +223,11 @@ impl Reader<'_> {
                 server.host
             ));
         }
-        source
+        (source, allowed)
     }
 
     pub(super) fn database(&mut self, role: Role, redis: Option<&Redis>) -> Database {
-        let source = self.source();
+        let (source, allow_unverified) = self.source();
         let query_timeout = self.millis("CACHE_HARD_TIMEOUT_MS");
         let is_set = |name: &str| self.variables.get(name).is_some_and(|text| !text.trim().is_empty());
         // Azure's portal writes 30 s into every string. A load is given up long before, and the message should say
@@ -246,6 +247,7 @@ impl Reader<'_> {
             max_connections: max_connections.unwrap_or(self.number("DATABASE_MAX_CONNECTIONS") as u32),
             connect_timeout: connect_timeout.unwrap_or(self.millis("DATABASE_CONNECT_TIMEOUT_MS")),
             query_timeout,
+            allow_unverified,
             max_age: self.seconds("DATABASE_CONNECTION_MAX_AGE_S"),
             identity,
             feed_interval: (feed_ms > 0).then(|| Duration::from_millis(feed_ms)),

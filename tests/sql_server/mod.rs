@@ -170,6 +170,10 @@ async fn a_redirect_to_another_machine_needs_a_certificate() {
         assert!(error.contains("redirected to 192.0.2.1, another machine"), "{error}");
     }
     assert_eq!(gateway.logins().len(), 2);
+    let (allow_unverified, connect_timeout) = (true, Duration::from_millis(500));
+    let allowing = config::Database { allow_unverified, connect_timeout, ..settings(server(gateway.port)) };
+    let error = Database::new(&allowing).open().await.expect_err("nobody is there").to_string();
+    assert!(!error.contains("certificate"), "unless that is allowed: {error}");
 }
 
 #[tokio::test]

@@ -45,6 +45,7 @@ pub(super) type Connection = Client<Compat<TcpStream>>;
 /// Opens connections to one server.
 pub(super) struct Connector {
     server: Server,
+    allow_unverified: bool,
     credentials: Credentials,
 }
 
@@ -61,7 +62,7 @@ impl Connector {
                 Credentials::Identity(TokenSource::new(config.identity.clone(), RESOURCE, client_id))
             }
         };
-        Self { server: server.clone(), credentials }
+        Self { server: server.clone(), allow_unverified: config.allow_unverified, credentials }
     }
 
     fn config(&self, host: &str, port: u16, token: Option<&Secret>) -> Result<Config, Failure> {
@@ -152,9 +153,10 @@ impl Connect for Connector {
                     port = next_port;
                     // What was named was checked at the start; this it has named itself.
                     let is_verified = matches!(self.server.tls, Tls::Verified { .. });
-                    if !is_verified && self.server.is_local() && !config::is_local(&host) {
+                    if !is_verified && !self.allow_unverified && !config::is_local(&host) {
                         return Err(Failure::Refused(format!(
-                            "redirected to {host}, another machine, whose certificate would not be checked; name it in Sql"
+                            "redirected to {host}, another machine, whose certificate would not be checked; ask for encryption and verification \
+                             in Sql, or set DATABASE_ALLOW_UNVERIFIED=on"
                         )));
                     }
                 }
