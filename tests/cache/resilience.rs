@@ -269,6 +269,16 @@ async fn an_expiry_of_everything_ends_the_time_in_which_an_old_entry_is_served_f
 
 // ---- eager refresh ----------------------------------------------------------------------------------------------
 
+/// The first load of all takes this long, which decides when its entry is refreshed.
+async fn load_slowly(truth: &Truth, node: &Node, time: Duration) {
+    truth.hold();
+    let first = node.begin(1);
+    truth.begun(1).await;
+    sleep(time).await;
+    truth.release();
+    ended(first).await.unwrap();
+}
+
 #[tokio::test]
 async fn a_hot_entry_is_loaded_anew_before_it_ends_once_per_cluster_and_nobody_waits() {
     let redis = RedisServer::start().await;
@@ -277,12 +287,7 @@ async fn a_hot_entry_is_loaded_anew_before_it_ends_once_per_cluster_and_nobody_w
     let settings = [("CACHE_DURATION_S", "2"), ("CACHE_EAGER_FACTOR", "100")];
     let a = Node::hearing(&truth, &redis.url(), &settings).await;
     let b = Node::hearing(&truth, &redis.url(), &settings).await;
-    truth.hold();
-    let first = a.begin(1);
-    truth.begun(1).await;
-    sleep(Duration::from_millis(500)).await; // how long the load takes is what is tested
-    truth.release();
-    ended(first).await.unwrap();
+    load_slowly(&truth, &a, Duration::from_millis(500)).await;
     assert_eq!(b.read(1).await.how().level, Level::Redis);
     sleep(Duration::from_millis(200)).await; // its age passes the slack
     truth.hold();
@@ -312,12 +317,7 @@ async fn a_hot_entry_is_loaded_anew_before_it_ends_once_per_cluster_and_nobody_w
 async fn a_refresh_overtaken_by_an_expiry_is_not_kept() {
     let truth = Truth::new(&[(1, 10)]);
     let node = Node::new(&truth, None, &[("CACHE_DURATION_S", "2"), ("CACHE_EAGER_FACTOR", "1000")]);
-    truth.hold();
-    let first = node.begin(1);
-    truth.begun(1).await;
-    sleep(Duration::from_millis(300)).await; // how long the load takes is what is tested
-    truth.release();
-    ended(first).await.unwrap();
+    load_slowly(&truth, &node, Duration::from_millis(300)).await;
     truth.hold();
     eventually("a refresh begins", async || {
         node.value(1).await;
@@ -339,12 +339,7 @@ async fn a_refresh_overtaken_by_an_expiry_is_not_kept() {
 async fn a_refresh_that_fails_is_not_tried_again_by_each_reader() {
     let truth = Truth::new(&[(1, 10)]);
     let node = Node::new(&truth, None, &[("CACHE_DURATION_S", "20"), ("CACHE_EAGER_FACTOR", "1000")]);
-    truth.hold();
-    let first = node.begin(1);
-    truth.begun(1).await;
-    sleep(Duration::from_millis(100)).await; // how long the load takes decides when it is refreshed
-    truth.release();
-    ended(first).await.unwrap();
+    load_slowly(&truth, &node, Duration::from_millis(100)).await;
     truth.fail(true);
     eventually("a refresh begins", async || {
         node.value(1).await;
