@@ -1,7 +1,7 @@
 //! GetProductById over HTTP: the response contract case by case, by way of an older host (forwarding), a newer one
 //! (proxying), and none (`cargo run`).
 
-use std::process::Command;
+use std::{process::Command, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use tempfile::TempDir;
@@ -202,6 +202,38 @@ async fn a_client_that_has_the_product_gets_304() {
 }
 
 #[tokio::test]
+async fn the_date_of_a_product_is_its_last_modified_unless_it_is_still_to_come() {
+    let redis = RedisServer::start().await;
+    let instance = start().env("Redis", redis.url()).up().await;
+    instance.sql("UPDATE product SET ModifiedDate = '9999-12-31T23:59:59' WHERE ProductID = 706");
+    let other = start().env("Redis", redis.url()).folder(&instance.folder).up().await;
+    for instance in [&instance, &other] {
+        let dated = instance.product(680).await;
+        assert_eq!((dated.status, dated.header("last-modified")), (200, "Tue, 11 Mar 2008 10:01:36 GMT"));
+        let target = format!("{PATH}?productid=680");
+        let again = instance.get_with(&target, &[("if-none-match", dated.header("etag"))]).await;
+        assert_eq!((again.status, again.header("last-modified")), (304, dated.header("last-modified")));
+        let to_come = instance.product(706).await;
+        assert!(to_come.text().contains("\"modifiedDate\":\"9999-12-31T23:59:59\""), "{}", to_come.text());
+        assert!(to_come.headers.iter().all(|(name, _)| name != "last-modified"), "{to_come:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_clients_may_keep_is_the_operators_to_say() {
+    let said = "public, max-age=5";
+    for way in Way::all(&[("HTTP_CACHE_CONTROL", said)]).await {
+        for query in ["productid=680", "productid=680,706"] {
+            let whole = way.get(query).await;
+            assert_eq!((whole.status, whole.header("cache-control")), (200, said), "{query}");
+            let known = [("if-none-match", whole.header("etag"))];
+            let again = way.send("GET", &format!("{PATH}?{query}"), &known).await;
+            assert_eq!((again.status, again.header("cache-control")), (304, said), "{query}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn several_ids_are_an_array_in_the_asked_order() {
     for way in Way::all(&[]).await {
         let mut bodies = Vec::new();
@@ -228,6 +260,97 @@ async fn several_ids_are_an_array_in_the_asked_order() {
         let status = reply.header("cache-status");
         assert!(status.contains("memory 1, redis 0, database 99"), "{status}");
     }
+}
+
+/// The seconds for which an answer says it is fresh.
+fn ttl(reply: &Reply) -> i64 {
+    let status = reply.header("cache-status");
+    let seconds = status.split_once("ttl=").and_then(|(_, rest)| rest.split([',', ';']).next()?.parse().ok());
+    seconds.unwrap_or_else(|| panic!("no ttl in {status}"))
+}
+
+#[tokio::test]
+async fn a_batch_comes_from_as_far_as_its_farthest_product_wherever_that_stands() {
+    let redis = RedisServer::start().await;
+    let settings = || start().env("Redis", redis.url()).env("FEED_INTERVAL_MS", 0);
+    let other = settings().up().await;
+    let instance = settings().folder(&other.folder).up().await;
+    instance.product(680).await;
+    other.get(&format!("{PATH}?productid=706,707")).await;
+    for (ids, expected) in [
+        ("680,708", "L2; fwd=miss, L1; fwd=miss; stored; "),
+        ("709,680", "L2; fwd=miss, L1; fwd=miss; stored; "),
+        ("680,706", "L2; hit; ttl="),
+        ("707,680", "L2; hit; ttl="),
+        ("680,706", "L1; hit; ttl="),
+    ] {
+        let reply = instance.get(&format!("{PATH}?productid={ids}")).await;
+        let status = reply.header("cache-status");
+        assert!(reply.status == 200 && status.starts_with(expected), "{ids}: {status}");
+    }
+}
+
+#[tokio::test]
+async fn a_batch_is_stale_if_one_of_its_products_is_wherever_that_stands() {
+    let redis = RedisServer::start().await;
+    let settings = || start().env("Redis", redis.url()).env("FEED_INTERVAL_MS", 0);
+    let other = settings().up().await;
+    let instance = settings().folder(&other.folder).up().await;
+    instance.product(680).await;
+    other.get(&format!("{PATH}?productid=706,707")).await;
+    instance.sql("ALTER TABLE product RENAME TO gone");
+    assert_eq!(instance.invalidate(&[680]).await.status, 200);
+    for (ids, parts) in [
+        ("680,706", "memory 1, redis 1, database 0"),
+        ("707,680", "memory 1, redis 1, database 0"),
+        ("680,706", "memory 2, redis 0, database 0"),
+        ("707,680", "memory 2, redis 0, database 0"),
+    ] {
+        let reply = instance.get(&format!("{PATH}?productid={ids}")).await;
+        let status = reply.header("cache-status");
+        let detail = format!("detail=\"database-failed: {parts}\"");
+        assert!(reply.status == 200 && status.ends_with(&detail), "{ids}: {status}");
+        assert!(ttl(&reply) <= 0, "{ids}: {status}");
+    }
+}
+
+#[tokio::test]
+async fn a_batch_is_as_old_as_its_oldest_product_and_as_long_fresh_as_the_first_to_end() {
+    let settings = [("FEED_INTERVAL_MS", 0), ("CACHE_DURATION_S", 300), ("CACHE_JITTER_PERCENT", 0)];
+    let instance = settings.into_iter().fold(start(), |start, (name, value)| start.env(name, value)).up().await;
+    instance.product(680).await;
+    tokio::time::sleep(Duration::from_millis(2100)).await; // its age is what is tested
+    instance.product(706).await;
+    for ids in ["680,706", "706,680"] {
+        let reply = instance.get(&format!("{PATH}?productid={ids}")).await;
+        assert!(reply.header("age").parse::<u64>().unwrap() >= 2, "{ids}: {}", reply.header("age"));
+        assert!((1..=297).contains(&ttl(&reply)), "{ids}: {}", reply.header("cache-status"));
+    }
+}
+
+/// An array cannot say of one element that nobody can tell for now, and `null` would be a lie.
+#[tokio::test]
+async fn a_row_that_cannot_be_read_is_a_503_alone_and_in_a_batch_and_takes_no_other_product_along() {
+    let instance = start().env("FEED_INTERVAL_MS", 0).up().await;
+    let known = instance.product(707).await;
+    let spoil = |id: i64| {
+        let update = format!("UPDATE product SET ListPrice = 'abc' WHERE ProductID = {id}");
+        instance.sql(&format!("PRAGMA ignore_check_constraints = ON; {update}"));
+    };
+    spoil(680);
+    for ids in ["680,706", "706,680", "680"] {
+        let reply = instance.get(&format!("{PATH}?productid={ids}")).await;
+        assert_problem(&reply, 503, ids);
+        assert_eq!(reply.header("retry-after"), "5", "{ids}");
+    }
+    let other = instance.product(706).await;
+    assert_eq!(other.status, 200);
+    assert!(other.header("cache-status").starts_with("L1; hit"), "it was loaded with the batch: {other:?}");
+    spoil(707);
+    assert_eq!(instance.invalidate(&[707]).await.status, 200);
+    let stale = instance.get(&format!("{PATH}?productid=706,707")).await;
+    assert_eq!((stale.status, stale.text()), (200, format!("[{},{}]", other.text(), known.text()).as_str()));
+    assert!(stale.header("cache-status").contains("database-failed"), "{stale:?}");
 }
 
 /// The JSON of every row as SQLite itself writes it, but for the photo, which comes as hexadecimal.
@@ -418,7 +541,7 @@ async fn a_connection_that_a_host_keeps_idle_is_not_reset() {
     host.get(&format!("{PATH}?productid=680")).await;
     let opened = host.connections_opened();
     for pause_s in [0, 6] {
-        tokio::time::sleep(std::time::Duration::from_secs(pause_s)).await; // actix's own default ends idle ones after 5 s
+        tokio::time::sleep(Duration::from_secs(pause_s)).await; // actix's own default ends idle ones after 5 s
         for _ in 0..100 {
             assert_eq!(host.get(&format!("{PATH}?productid=680")).await.status, 200);
         }
