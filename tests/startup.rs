@@ -5,8 +5,12 @@ use std::{net::TcpListener, time::Duration};
 use tokio::time::{Instant, sleep};
 
 use crate::support::{
-    PATIENCE, eventually, free_port, http,
+    PATIENCE,
+    database::{DatabaseServer, Engine},
+    eventually, free_port, http,
     instance::{Instance, start},
+    proxy::{Fault, Proxy},
+    redis::RedisServer,
 };
 
 async fn answers(port: u16) {
@@ -119,7 +123,7 @@ async fn where_nothing_can_be_written_the_catalogue_is_in_memory_and_says_so() {
 }
 
 #[tokio::test]
-async fn it_is_ready_with_every_backend_away_and_its_probe_touches_none() {
+async fn it_is_ready_with_every_backend_away() {
     let (port, redis) = (free_port(), TcpListener::bind("127.0.0.1:0").unwrap());
     redis.set_nonblocking(true).unwrap();
     let began = Instant::now();
@@ -136,6 +140,37 @@ async fn it_is_ready_with_every_backend_away_and_its_probe_touches_none() {
     }
     let reply = http::send(port, "GET", "/api/GetProductById?productid=680", &[], "").await;
     assert_eq!(reply.status, 503, "{}", reply.text());
+}
+
+#[tokio::test]
+async fn its_probe_asks_neither_redis_nor_the_database_and_waits_for_neither() {
+    let (redis, server) = (RedisServer::start().await, DatabaseServer::start(Engine::Postgres).await);
+    let (to_redis, to_database) = (Proxy::start(redis.port).await, Proxy::start(server.port).await);
+    let instance = start()
+        .env("Redis", to_redis.redis_url())
+        .env("Sql", server.url_by(to_database.port))
+        .env("FEED_INTERVAL_MS", 0)
+        .up()
+        .await;
+    assert_eq!(instance.product(680).await.status, 200, "both can be used");
+    let asked = async || (redis.calls("hmget").await, redis.calls("evalsha").await, to_database.requests());
+    let before = asked().await;
+    for _ in 0..100 {
+        let reply = instance.get("/").await;
+        assert!(reply.status == 200 && reply.body.len() < 2000);
+    }
+    assert_eq!(asked().await, before);
+    to_redis.set(Fault::Stall);
+    to_database.set(Fault::Stall);
+    let mut times = Vec::new();
+    for _ in 0..100 {
+        let began = Instant::now();
+        assert_eq!(instance.get("/").await.status, 200);
+        times.push(began.elapsed());
+    }
+    times.sort();
+    // What a host allows its probe; half of them may be late, on a busy machine.
+    assert!(times[50] < Duration::from_millis(50), "{times:?}");
 }
 
 async fn stopped_by(signal: &str, mut instance: Instance) -> i32 {

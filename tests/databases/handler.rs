@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{for_every_engine, for_every_server};
 use crate::scenarios::{STAMPEDE, stampede};
 use crate::support::{
-    database::{DatabaseServer, Engine},
+    database::{DatabaseServer, Engine, Session},
     eventually,
     http::Reply,
     instance::{Instance, Start, start},
@@ -202,6 +202,71 @@ async fn what_changed_while_nobody_ran_is_not_served_from_redis(engine: Engine) 
     assert!(shows(&second.product(680).await, "after"));
     let other = second.product(706).await;
     assert!(other.header("cache-status").starts_with("L2; hit"), "the rest is still good: {other:?}");
+}
+
+/// Keeps every load from ending before its own bound, until the session is dropped.
+async fn hold_products(server: &DatabaseServer) -> Session {
+    let mut session = server.session().await;
+    session.sql("BEGIN; LOCK TABLE product IN ACCESS EXCLUSIVE MODE").await;
+    session
+}
+
+/// Settings by which one load may take nearly as long as a whole GET.
+fn with_deadline(server: &DatabaseServer, deadline_ms: u64) -> Start {
+    let start = on(&server.url()).env("FEED_INTERVAL_MS", 0).env("CACHE_LEASE_WAIT_MS", 10);
+    let start = start.env("CACHE_SOFT_TIMEOUT_MS", 0).env("CACHE_BREAKER_FAILURES", 0);
+    start.env("CACHE_HARD_TIMEOUT_MS", deadline_ms - 100).env("REQUEST_TIMEOUT_MS", deadline_ms)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_known_product_is_served_at_the_requests_deadline_though_its_second_load_goes_on() {
+    let server = DatabaseServer::start(Engine::Postgres).await;
+    let instance = with_deadline(&server, 3000).up().await;
+    let known = instance.product(STALE).await;
+    let held = hold_products(&server).await;
+    assert_eq!(instance.invalidate(&[STALE]).await.status, 200);
+    let loads = async || instance.status().await["loads"].as_u64().unwrap();
+    let before = loads().await;
+    let reader = async {
+        eventually("the first load begins", async || (loads().await == before + 1).then_some(())).await;
+        let change = async {
+            sleep(Duration::from_millis(1500)).await; // half of the reader's time
+            let told = Instant::now();
+            assert_eq!(instance.invalidate(&[STALE]).await.status, 200);
+            told
+        };
+        let answer = async { (instance.product(STALE).await, Instant::now()) };
+        tokio::join!(change, answer)
+    };
+    // The first load is another client's: the reader, which joins it, has to ask again once it is overtaken.
+    let (_, (told, (reply, answered))) = tokio::join!(instance.product(STALE), reader);
+    assert_eq!((reply.status, &reply.body), (200, &known.body));
+    assert!(reply.header("cache-status").contains("database-failed"), "{reply:?}");
+    assert!(answered < told + Duration::from_millis(2900), "its second load may have ended before it was answered");
+    instance.stderr.wait_for("a request reached its deadline").await;
+    drop(held);
+    let fresh = async || instance.product(STALE).await.header("cache-status").starts_with("L1; hit").then_some(());
+    eventually("it is fresh again", fresh).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_product_that_nobody_knows_is_a_503_at_the_requests_deadline_however_often_its_loads_are_overtaken() {
+    let server = DatabaseServer::start(Engine::Postgres).await;
+    let instance = with_deadline(&server, 1000).up().await;
+    let _held = hold_products(&server).await;
+    let changes = async {
+        loop {
+            assert_eq!(instance.invalidate(&[MISS]).await.status, 200);
+            sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let reply = tokio::select! {
+        // Without the deadline it would ask sixteen times, for 900 ms each.
+        reply = in_time("a miss", instance.product(MISS)) => reply,
+        never = changes => never,
+    };
+    assert_eq!((reply.status, reply.header("retry-after")), (503, "5"), "{}", reply.text());
+    instance.stderr.wait_for("a request reached its deadline").await;
 }
 
 /// The position that is kept moves on with every foreign transaction; it must not pass a change that Redis was not told
