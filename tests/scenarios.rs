@@ -8,7 +8,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     sync::Mutex,
-    time::sleep,
+    time::{Instant, sleep},
 };
 
 use crate::support::{
@@ -62,7 +62,7 @@ fn mend_database(instance: &Instance) {
 async fn fail_safe_is_throttled_and_has_a_maximum() {
     let instance = quiet()
         .env("CACHE_DURATION_S", 1)
-        .env("CACHE_FAIL_SAFE_MAX_S", 5)
+        .env("CACHE_FAIL_SAFE_MAX_S", 8)
         .env("CACHE_FAIL_SAFE_THROTTLE_S", 2)
         .env("CACHE_BREAKER_FAILURES", 0)
         .up()
@@ -71,12 +71,13 @@ async fn fail_safe_is_throttled_and_has_a_maximum() {
     break_database(&instance);
     eventually("the copy is stale", async || status(&instance.product(680).await).contains("failed").then_some(()))
         .await;
-    let before = loads(&instance).await;
+    let (began, before) = (Instant::now(), loads(&instance).await);
     for _ in 0..200 {
         assert!(status(&instance.product(680).await).contains("database-failed"));
     }
     let probes = loads(&instance).await - before;
-    assert!(probes <= 1, "{probes} probes for two hundred requests");
+    let most = 1 + began.elapsed().as_secs() / 2; // one for each throttle's time that this took
+    assert!(probes <= most, "{probes} probes for two hundred requests in {:?}", began.elapsed());
     for _ in 0..3 {
         assert_eq!(instance.product(706).await.status, 503, "there is no copy of this one");
     }
@@ -88,11 +89,15 @@ async fn fail_safe_is_throttled_and_has_a_maximum() {
 #[tokio::test]
 async fn a_soft_timeout_serves_the_old_copy_and_what_is_loaded_behind_it_reaches_other_instances() {
     let redis = RedisServer::start().await;
-    let settings = || quiet().env("Redis", redis.url()).env("CACHE_DURATION_S", 1).env("CACHE_SOFT_TIMEOUT_MS", 20);
+    let settings = || {
+        let start = quiet().env("Redis", redis.url()).env("CACHE_SOFT_TIMEOUT_MS", 20);
+        start.env("CACHE_L1_DURATION_S", 1).env("CACHE_L2_DURATION_S", 300)
+    };
     let first = settings().up().await;
     first.drag(0);
     first.product(680).await;
-    sleep(Duration::from_millis(1100)).await; // its duration ends
+    sleep(Duration::from_millis(1100)).await; // its duration in memory ends
+    redis.command(&["DEL", "{product-cache}:product:680"]).await; // and Redis makes room
     first.sql("UPDATE product_rows SET Name = 'new' WHERE ProductID = 680");
     first.drag(SLOW);
     let old = first.product(680).await;
@@ -133,17 +138,23 @@ async fn after_a_restart_redis_answers_without_a_query() {
 #[tokio::test]
 async fn what_is_left_of_an_entrys_life_in_redis_is_not_extended_in_memory() {
     let redis = RedisServer::start().await;
-    let first = quiet().env("Redis", redis.url()).env("CACHE_L2_DURATION_S", 4).up().await;
+    let first = quiet().env("Redis", redis.url()).env("CACHE_L2_DURATION_S", 60).up().await;
+    let asked = Instant::now();
     first.product(680).await;
+    let loaded = Instant::now();
     sleep(Duration::from_millis(1500)).await; // its age is what is tested
     let second = beside(&first, quiet().env("Redis", redis.url()).env("CACHE_L1_DURATION_S", 300)).await;
-    let shared = second.product(680).await;
-    let ttl: i64 = status(&shared).split("ttl=").nth(1).unwrap().split([',', ';']).next().unwrap().parse().unwrap();
-    assert!((0..=2).contains(&ttl), "{}", status(&shared));
-    assert!(shared.header("age").parse::<u64>().unwrap() >= 1, "{}", shared.header("age"));
-    let local = second.product(680).await;
-    let ttl: i64 = status(&local).split("ttl=").nth(1).unwrap().parse().unwrap();
-    assert!(ttl <= 2, "{}", status(&local));
+    let least_age = loaded.elapsed();
+    for level in ["L2; hit", "L1; hit"] {
+        let reply = second.product(680).await;
+        let most_age = asked.elapsed() + Duration::from_secs(2); // whole seconds, and Redis' whole milliseconds
+        assert!(status(&reply).starts_with(level), "{}", status(&reply));
+        let ttl = status(&reply).split("ttl=").nth(1).unwrap().split([',', ';']).next().unwrap();
+        let left = Duration::from_secs(ttl.parse().unwrap());
+        let whole = Duration::from_secs(60);
+        assert!(left + least_age <= whole && left + most_age >= whole, "{least_age:?}: {}", status(&reply));
+        assert!(reply.header("age").parse::<u64>().unwrap() >= least_age.as_secs(), "{}", reply.header("age"));
+    }
 }
 
 #[tokio::test]

@@ -77,14 +77,15 @@ async fn a_load_that_panics_fails_its_readers_and_frees_its_key() {
 #[tokio::test]
 async fn a_load_that_hangs_delays_no_other_key_and_gives_its_own_back() {
     let truth = Truth::new(&[(1, 10), (2, 20)]);
-    let node = Node::new(&truth, None, &[("CACHE_HARD_TIMEOUT_MS", "300")]);
+    let node = Node::new(&truth, None, &[("CACHE_HARD_TIMEOUT_MS", "2000")]);
     truth.hold();
     let hung = node.begin(1);
     truth.begun(1).await;
     let other = node.begin(2);
     truth.begun(2).await;
     truth.release_only(2);
-    assert_eq!(value(&ended(other).await.unwrap()), Some(20), "another key is loaded meanwhile");
+    assert_eq!(value(&ended(other).await.unwrap()), Some(20), "another key is loaded");
+    assert!(!hung.is_finished(), "meanwhile");
     assert!(matches!(ended(hung).await, Err(Failure::Unavailable(_))), "it gives up");
     truth.release();
     assert_eq!(node.value(1).await, Some(10), "and its key is free");
