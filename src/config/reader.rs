@@ -343,10 +343,11 @@ impl Reader<'_> {
         };
         let cache = &config.cache;
         let redis = config.redis.as_ref().map_or(Duration::ZERO, |redis| {
-            redis.connect_timeout + redis.response_timeout * 4 // look, lease, fill, and one more for a lost script
+            // Look, lease, fill, and one more for a lost script.
+            redis.connect_timeout + redis.response_timeout * 4 + cache.lease_wait
         });
         rule(
-            redis + cache.lease_wait + cache.hard_timeout < config.http.request_timeout,
+            redis + cache.hard_timeout < config.http.request_timeout,
             "REQUEST_TIMEOUT_MS must exceed CACHE_HARD_TIMEOUT_MS, and with Redis also CACHE_LEASE_WAIT_MS, \
              REDIS_CONNECT_TIMEOUT_MS and four times REDIS_RESPONSE_TIMEOUT_MS, else a slow Redis fails reads that the \
              database could answer",
