@@ -62,9 +62,9 @@ pub(super) async fn listen(cache: Arc<Inner>) {
                 News::Missed => cache.memory.expire_everything(),
                 News::Reset => {
                     tracing::warn!("redis: the invalidation log was lost or went back; everything is stale");
-                    // Redis may be an older copy of itself: nothing in it is trusted until the floor is raised, which
-                    // another instance may have done since.
-                    if heard.said_ms <= known.ms {
+                    // Redis may be an older copy of itself, or another one: nothing in it is trusted until the floor is
+                    // raised, which another instance may have done since; not if it did so before what was lost.
+                    if heard.said_ms <= known.ms.max(heard.known_ms) {
                         cache.queue.add(&Scope::Everything);
                     }
                     cache.memory.expire_everything();

@@ -114,6 +114,9 @@ pub(super) struct Heard {
     /// The highest floor that a notice states itself (its milliseconds), not one assumed of an unreadable notice: it shows
     /// that an instance has made stale all that is in Redis below.
     pub(super) said_ms: u64,
+    /// Up to where this instance knew the log before this read (Redis' milliseconds): what it has heard, and what it has
+    /// appended.
+    pub(super) known_ms: u64,
     /// Nothing more was in the log when this read was sent.
     pub(super) caught_up: bool,
     /// Redis' time right after this read was sent, if it was wanted (microseconds).
@@ -308,6 +311,11 @@ impl Reader<'_> {
     /// Waits up to [`BLOCK`] (or not at all, where the log is polled) for notices after the position. On an error the
     /// position stays, so the next read resumes. `known`: the floor as far as this instance knows.
     pub(super) async fn read(&mut self, want_time: bool, known: Floor) -> Result<Heard, Error> {
+        let known_ms = self.position().max(self.log.own().unheard.last().copied()).map_or(0, |last| last.ms);
+        Ok(Heard { known_ms, ..self.read_on(want_time, known).await? })
+    }
+
+    async fn read_on(&mut self, want_time: bool, known: Floor) -> Result<Heard, Error> {
         let Some(position) = self.position() else { return self.start(News::Missed, known).await };
         let mut command = redis::cmd("XREAD");
         command.arg("COUNT").arg(PAGE);
@@ -394,7 +402,7 @@ impl Reader<'_> {
         own.heard = tail.position;
         drop(own);
         self.last = Some((tail.position, tail.author));
-        Ok(Heard { news: vec![why], floor, said_ms, caught_up: true, redis_us })
+        Ok(Heard { news: vec![why], floor, said_ms, caught_up: true, redis_us, ..Heard::default() })
     }
 }
 

@@ -257,6 +257,49 @@ async fn an_own_notice_that_redis_lost_before_anybody_heard_it_is_answered() {
     }
 }
 
+/// Two primaries, one after the other in one Redis: what the second one's instances made stale before the first one took the
+/// expiry that is lost says nothing about it.
+#[tokio::test]
+async fn an_own_notice_lost_to_another_primary_is_answered_though_that_one_had_made_everything_stale_before() {
+    const ENTRY: &str = "{product-cache}:thing:1";
+    let redis = RedisServer::start().await;
+    let dump = async |name: &str| -> Vec<u8> {
+        redis::from_redis_value(redis.command(&["DUMP", name]).await).expect("a dump")
+    };
+    let restore = async |name: &str, dump: &[u8]| {
+        redis.command(&[b"RESTORE", name.as_bytes(), b"0", dump, b"REPLACE"]).await;
+    };
+    let proxy = Proxy::start(redis.port).await;
+    let truth = Truth::new(&[(1, 10)]);
+    let author = Node::hearing(&truth, &proxy.redis_url(), &[("REDIS_RESPONSE_TIMEOUT_MS", "200")]).await;
+    let first_log = dump(LOG).await;
+    proxy.set_on(Link::Log, Fault::Stall);
+    // The second primary.
+    let other = Node::hearing(&truth, &redis.url(), &[]).await;
+    other.cache.expire_everything(BUDGET).await.unwrap();
+    sleep(Duration::from_millis(10)).await; // loaded later than that, by Redis' clock
+    assert_eq!(other.value(1).await, Some(10));
+    drop(other);
+    let (second_log, entry) = (dump(LOG).await, dump(ENTRY).await);
+    // The first one.
+    restore(LOG, &first_log).await;
+    truth.set(1, 11);
+    author.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    // The second one again, and it goes on.
+    restore(LOG, &second_log).await;
+    restore(ENTRY, &entry).await;
+    let (id, text) = last_notice(&redis).await;
+    let parts: Vec<_> = text.splitn(6, ' ').collect();
+    let next = format!("{id} {} {} {} another thing:2", parts[4], parts[2], parts[3]);
+    redis.command(&["XADD", LOG, "*", "n", &next]).await;
+    sleep(Duration::from_secs(2)).await; // what was asked of the log before is given up
+    proxy.set(Fault::None);
+    eventually("nobody is given what was expired", async || {
+        (Node::hearing(&truth, &redis.url(), &[]).await.value(1).await == Some(11)).then_some(())
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn another_log_is_noticed_though_its_last_notice_has_the_same_id() {
     const REPLACE: &str = "redis.call('DEL', KEYS[1])
