@@ -4,15 +4,15 @@ use std::{fs, path::Path, process::Command};
 
 use tempfile::{TempDir, tempdir};
 
-use crate::{
-    sql_server::world::{Tracking, product, product_types, select, table, tracking},
-    support::{
-        certificates::CERTIFICATES,
-        database::{DatabaseServer, Engine, is_there},
-        host::stage,
-        instance::BINARY,
-        redis::RedisServer,
-        tds::{Answer, Cell, Server, Type},
+use crate::support::{
+    certificates::CERTIFICATES,
+    database::{DatabaseServer, Engine, is_there},
+    host::stage,
+    instance::BINARY,
+    redis::RedisServer,
+    tds::{
+        Answer, Cell, Server, Type,
+        products::{Tracking, product, product_types, select, table, tracking},
     },
 };
 

@@ -324,6 +324,20 @@ fn the_handler_understands_the_settings_it_is_given() {
 }
 
 #[test]
+fn the_handler_is_told_as_many_instances_as_the_plan_starts() {
+    let main = Bicep::read("infra/main.bicep");
+    let told = main.app_settings().into_iter().find(|(name, _)| *name == "MAX_INSTANCES");
+    assert_eq!(told.map(|(_, value)| value), Some("string(mostInstances)"));
+    let text = read("infra/main.bicep");
+    // An Elastic Premium plan ends at a hundred, Flex Consumption at the parameter's own bound.
+    assert!(text.contains("mostInstances = plan == 'premium' ? min(maximumInstanceCount, 100) : maximumInstanceCount"));
+    assert_eq!(text.matches("maximumInstanceCount: mostInstances").count(), 2, "the bound of either plan");
+    for (module, bound) in [("app-flex", "maximumInstanceCount"), ("app-premium", "maximumElasticWorkerCount")] {
+        assert!(read(&format!("infra/modules/{module}.bicep")).contains(&format!("{bound}: maximumInstanceCount")));
+    }
+}
+
+#[test]
 fn nothing_that_is_deployed_holds_or_asks_for_a_secret() {
     let traces = [
         "listkeys",

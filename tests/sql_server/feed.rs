@@ -5,11 +5,11 @@ use product_cache::{
     product::TABLE,
 };
 
-use super::{
-    database, server,
-    world::{Tracked, Tracking, tracking},
+use super::{database, server};
+use crate::support::tds::{
+    Answer, Server,
+    products::{Tracked, Tracking, tracking},
 };
-use crate::support::tds::{Answer, Server};
 
 /// As many changes as one page holds.
 const PAGE: i64 = 10_000;

@@ -15,11 +15,14 @@ use product_cache::{
 };
 use tokio::time::sleep;
 
-use super::{product, products, server, settings};
+use super::{server, settings};
 use crate::support::{
     eventually,
     identity::{HEADER, Identity},
-    tds::{Server, Welcome},
+    tds::{
+        Server, Welcome,
+        products::{product, products},
+    },
 };
 
 /// A database that is logged in to anew for each query, so that each asks for a token.

@@ -2,7 +2,6 @@
 
 mod feed;
 mod identity;
-pub mod world;
 
 use std::{
     collections::BTreeMap,
@@ -18,12 +17,14 @@ use product_cache::{
 };
 use tokio::time::{Instant, timeout};
 
-use self::world::{Types, product, products};
 use crate::support::{
     PATIENCE,
     certificates::{CERTIFICATES, Certificates, NAME},
     eventually,
-    tds::{Answer, Cell, Query, Server, Type, Welcome},
+    tds::{
+        Answer, Cell, Query, Server, Type, Welcome,
+        products::{self, Types, product, products},
+    },
 };
 
 /// A password with everything that could be encoded wrongly.
@@ -75,7 +76,7 @@ async fn a_login_says_who_and_what_for_and_its_password_arrives_as_it_is() {
     let fake = Server::start(|query| {
         assert!(query.sql.contains("SERVERPROPERTY"), "{}", query.sql);
         let cells = vec!["Developer Edition".into(), "16.0.1000.6".into()];
-        Answer::Tables(vec![world::table(&[Type::NVarchar(128), Type::NVarchar(128)], vec![cells])])
+        Answer::Tables(vec![products::table(&[Type::NVarchar(128), Type::NVarchar(128)], vec![cells])])
     })
     .await;
     let read_only = config::Server { read_only: true, ..server(fake.port) };
@@ -258,17 +259,17 @@ fn types() -> Types {
     ])
 }
 
-async fn read_types(rows: Vec<world::Row>) -> Vec<Result<Row, product_cache::database::BadRow>> {
+async fn read_types(rows: Vec<products::Row>) -> Vec<Result<Row, product_cache::database::BadRow>> {
     let asked: Vec<_> = rows.iter().map(|row| if let Cell::Int(key) = row["Id"] { key } else { 0 }).collect();
     let types = types();
-    let fake = Server::start(move |query| Answer::Tables(vec![world::select(query, &types, &rows)])).await;
+    let fake = Server::start(move |query| Answer::Tables(vec![products::select(query, &types, &rows)])).await;
     database(server(fake.port)).rows(&TYPES, &asked).await.expect("rows")
 }
 
 #[tokio::test]
 async fn every_type_is_read_exactly() {
     let last_day = 3_652_058; // of the year 9999
-    let mut rows = read_types(vec![world::Row::from([
+    let mut rows = read_types(vec![products::Row::from([
         ("Id", Cell::Int(i64::MAX)),
         ("Tiny", Cell::Int(255)),
         ("Small", Cell::Int(-32_768)),
@@ -334,15 +335,15 @@ async fn ticks_of_datetime_are_shown_as_sql_server_shows_them() {
 
 #[tokio::test]
 async fn null_is_null_in_every_type() {
-    let row = read_types(vec![world::Row::from([("Id", Cell::Int(1))])]).await.remove(0).expect("a good row");
+    let row = read_types(vec![products::Row::from([("Id", Cell::Int(1))])]).await.remove(0).expect("a good row");
     assert_eq!(row.values, vec![None; TYPES.columns.len()]);
 }
 
 #[tokio::test]
 async fn a_value_that_cannot_be_shown_spoils_its_own_row_only() {
     let mut rows = read_types(vec![
-        world::Row::from([("Id", Cell::Int(1)), ("Whole", Cell::Digits(79_228_162_514_264_337_593_543_950_336))]),
-        world::Row::from([("Id", Cell::Int(2)), ("Whole", Cell::Digits(3))]),
+        products::Row::from([("Id", Cell::Int(1)), ("Whole", Cell::Digits(79_228_162_514_264_337_593_543_950_336))]),
+        products::Row::from([("Id", Cell::Int(2)), ("Whole", Cell::Digits(3))]),
     ])
     .await;
     assert_eq!(rows.pop().expect("two rows").expect("a good row").key, 2);
@@ -352,12 +353,12 @@ async fn a_value_that_cannot_be_shown_spoils_its_own_row_only() {
 
 #[tokio::test]
 async fn a_column_of_another_type_is_told_by_its_name() {
-    let mut types = world::product_types();
+    let mut types = products::product_types();
     types.insert("rowguid", (Type::NVarchar(36), false));
     let mut row = product(5);
     row.insert("rowguid", "43dd68d6-14a4-461f-9069-55309d90ea7e".into());
     let rows = vec![row];
-    let fake = Server::start(move |query| Answer::Tables(vec![world::select(query, &types, &rows)])).await;
+    let fake = Server::start(move |query| Answer::Tables(vec![products::select(query, &types, &rows)])).await;
     let bad = database(server(fake.port)).rows(&TABLE, &[5]).await.expect("rows").remove(0).err().expect("a bad row");
     assert_eq!(bad.to_string(), "row 5: column rowguid: is not a uniqueidentifier");
 }
@@ -417,7 +418,7 @@ fn whole(query_id: i64) -> Vec<crate::support::tds::Table> {
         parameters: vec![query_id],
         ..Query::default()
     };
-    vec![world::select(&query, &world::product_types(), &[product(query_id)])]
+    vec![products::select(&query, &products::product_types(), &[product(query_id)])]
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 //!
 //! It has no SQL: a test's closure answers each query. It counts connections, and keeps logins and queries.
 
+pub mod products;
 mod tokens;
 mod wire;
 

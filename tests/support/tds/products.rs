@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use crate::support::tds::{Answer, Cell, Column, Query, Table, Type};
+use super::{Answer, Cell, Column, Query, Table, Type};
 
 /// A column's type in the table, and whether it can be NULL.
 pub type Types = BTreeMap<&'static str, (Type, bool)>;
