@@ -2,7 +2,7 @@
 
 use std::{net::TcpListener, time::Duration};
 
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::support::{
     PATIENCE,
@@ -162,15 +162,12 @@ async fn its_probe_asks_neither_redis_nor_the_database_and_waits_for_neither() {
     assert_eq!(asked().await, before);
     to_redis.set(Fault::Stall);
     to_database.set(Fault::Stall);
-    let mut times = Vec::new();
-    for _ in 0..100 {
-        let began = Instant::now();
-        assert_eq!(instance.get("/").await.status, 200);
-        times.push(began.elapsed());
-    }
-    times.sort();
-    // What a host allows its probe; half of them may be late, on a busy machine.
-    assert!(times[50] < Duration::from_millis(50), "{times:?}");
+    let probes = async {
+        for _ in 0..150 {
+            assert_eq!(instance.get("/").await.status, 200);
+        }
+    };
+    timeout(PATIENCE, probes).await.expect("none of them waits, be it for an eighth of a second");
 }
 
 async fn stopped_by(signal: &str, mut instance: Instance) -> i32 {
@@ -204,7 +201,7 @@ async fn requests_in_flight_are_answered_before_it_ends() {
     instance.stdout.wait_for("finishing requests").await;
     stream.write_all(&body.as_bytes()[10..]).await.unwrap();
     let mut answer = String::new();
-    tokio::time::timeout(PATIENCE, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+    timeout(PATIENCE, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
     assert!(answer.starts_with("HTTP/1.1 200 OK"), "{answer}");
     assert_eq!(instance.exit_code().await, Some(0));
 }
@@ -217,7 +214,7 @@ async fn a_connection_that_is_kept_does_not_hold_up_its_end() {
     stream.write_all(b"HEAD / HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n").await.unwrap();
     assert!(stream.read(&mut [0; 4096]).await.unwrap() > 0, "an answer");
     instance.signal("TERM");
-    tokio::time::timeout(PATIENCE, stream.read_to_end(&mut Vec::new())).await.expect("its end").unwrap();
+    timeout(PATIENCE, stream.read_to_end(&mut Vec::new())).await.expect("its end").unwrap();
     assert_eq!(instance.exit_code().await, Some(0)); // long before the 60 s
 }
 

@@ -229,6 +229,7 @@ async fn load_all(cache: &Arc<Inner>, flights: Vec<Pending>, load: &Load) {
             Err(failure) => fail_all(cache, vec![pending], failure).await,
         }
     }
+    drop(found); // so that each body is let go of as soon as it is stored
     fill_all(cache, loaded, born).await;
 }
 
