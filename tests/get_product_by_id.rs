@@ -269,14 +269,20 @@ fn ttl(reply: &Reply) -> i64 {
     seconds.unwrap_or_else(|| panic!("no ttl in {status}"))
 }
 
-#[tokio::test]
-async fn a_batch_comes_from_as_far_as_its_farthest_product_wherever_that_stands() {
+/// Redis, the instance that filled it, and the one to ask.
+async fn knowing_680_itself_and_706_and_707_from_redis() -> (RedisServer, Instance, Instance) {
     let redis = RedisServer::start().await;
     let settings = || start().env("Redis", redis.url()).env("FEED_INTERVAL_MS", 0);
     let other = settings().up().await;
     let instance = settings().folder(&other.folder).up().await;
     instance.product(680).await;
     other.get(&format!("{PATH}?productid=706,707")).await;
+    (redis, other, instance)
+}
+
+#[tokio::test]
+async fn a_batch_comes_from_as_far_as_its_farthest_product_wherever_that_stands() {
+    let (_redis, _other, instance) = knowing_680_itself_and_706_and_707_from_redis().await;
     for (ids, expected) in [
         ("680,708", "L2; fwd=miss, L1; fwd=miss; stored; "),
         ("709,680", "L2; fwd=miss, L1; fwd=miss; stored; "),
@@ -292,12 +298,7 @@ async fn a_batch_comes_from_as_far_as_its_farthest_product_wherever_that_stands(
 
 #[tokio::test]
 async fn a_batch_is_stale_if_one_of_its_products_is_wherever_that_stands() {
-    let redis = RedisServer::start().await;
-    let settings = || start().env("Redis", redis.url()).env("FEED_INTERVAL_MS", 0);
-    let other = settings().up().await;
-    let instance = settings().folder(&other.folder).up().await;
-    instance.product(680).await;
-    other.get(&format!("{PATH}?productid=706,707")).await;
+    let (_redis, _other, instance) = knowing_680_itself_and_706_and_707_from_redis().await;
     instance.sql("ALTER TABLE product RENAME TO gone");
     assert_eq!(instance.invalidate(&[680]).await.status, 200);
     for (ids, parts) in [

@@ -65,7 +65,7 @@ impl Connector {
         Self { server: server.clone(), allow_unverified: config.allow_unverified, credentials }
     }
 
-    fn config(&self, host: &str, port: u16, token: Option<&Secret>) -> Result<Config, Failure> {
+    fn config(&self, host: &str, port: u16, authentication: AuthMethod) -> Result<Config, Failure> {
         let mut config = Config::new();
         config.host(host);
         config.port(port);
@@ -77,10 +77,7 @@ impl Connector {
         // The pool bounds the handshake, and `Database` a query.
         config.handshake_timeout(None);
         config.command_timeout(None);
-        config.authentication(match (&self.credentials, token) {
-            (Credentials::Password { user, password }, _) => AuthMethod::sql_server(user, password.reveal()),
-            (Credentials::Identity(_), token) => AuthMethod::aad_token(token.map_or("", Secret::reveal)),
-        });
+        config.authentication(authentication);
         match &self.server.tls {
             // The login is encrypted nevertheless, as ADO.NET does it.
             Tls::Off => {
@@ -106,17 +103,17 @@ impl Connector {
         Ok(config)
     }
 
-    /// The token to log in with, if it is the app's identity that does.
-    async fn token(&self) -> Result<Option<Secret>, Failure> {
+    /// How to log in, and the token that this takes, if it is the app's identity that does.
+    async fn authentication(&self) -> Result<(AuthMethod, Option<Secret>), Failure> {
         match &self.credentials {
-            Credentials::Password { .. } => Ok(None),
+            Credentials::Password { user, password } => Ok((AuthMethod::sql_server(user, password.reveal()), None)),
             Credentials::Identity(_) if self.server.tls == Tls::Off => {
                 Err(Failure::Refused("a managed identity's token is only sent encrypted: set Encrypt=True".to_owned()))
             }
-            Credentials::Identity(tokens) => match tokens.token().await {
-                Ok(token) => Ok(Some(token)),
-                Err(problem) => Err(Failure::Refused(format!("no token: {problem}"))),
-            },
+            Credentials::Identity(tokens) => {
+                let token = tokens.token().await.map_err(|problem| Failure::Refused(format!("no token: {problem}")))?;
+                Ok((AuthMethod::aad_token(token.reveal()), Some(token)))
+            }
         }
     }
 
@@ -138,10 +135,10 @@ impl Connect for Connector {
     type Connection = Connection;
 
     async fn connect(&self) -> Result<Connection, Failure> {
-        let token = self.token().await?;
+        let (authentication, token) = self.authentication().await?;
         let (mut host, mut port) = (self.server.host.clone(), self.server.port);
         for _ in 0..=MOST_REDIRECTS {
-            let config = self.config(&host, port, token.as_ref())?;
+            let config = self.config(&host, port, authentication.clone())?;
             let stream = reach(&host, port).await;
             let stream = stream.map_err(|error| Failure::Lost(format!("{host}:{port} cannot be reached: {error}")))?;
             match Client::connect(config, stream.compat_write()).await {
