@@ -130,43 +130,45 @@ pub(super) async fn l2(bench: &mut Bench) -> Result<()> {
 /// A hundred ids, half in memory and half in Redis, against one hit in Redis.
 pub(super) async fn batch(bench: &mut Bench) -> Result<()> {
     const WARM: i64 = 50;
-    /// More than the memory holds.
-    const FULL: i64 = 5_000;
+    /// More than the memory holds of either size.
+    const FULL: i64 = 20_000;
     const BATCHES: i64 = 20;
     const SINGLES_PER_BATCH: i64 = 25;
     let per_batch = 50 + SINGLES_PER_BATCH;
     let count = WARM + FULL + per_batch * BATCHES * (bench.rounds() as i64 + 1);
-    let bodies = Bodies::new(Size::Large);
-    let catalogue = Catalogue::new(count, Size::Large, Rows::Computed).await?;
-    let redis = filled_redis(&catalogue, &bodies, count).await?;
-    let server = handler(settings_of_full_memory(catalogue.url(), Some(redis.url()))).await?;
-    fill(&server, WARM..WARM + FULL, &bodies).await?;
-    for _ in 0..3 {
-        fill(&server, 0..WARM, &bodies).await?; // often enough to be kept
-    }
-    let mut connection = Connection::open(server.port).await?;
-    let mut next = FIRST + WARM + FULL;
-    let mut rounds = Vec::new();
-    for round in 0..=bench.rounds() {
-        let (mut batches, mut singles) = (Vec::new(), Vec::new());
-        for _ in 0..BATCHES {
-            for id in next..next + SINGLES_PER_BATCH {
-                singles.push(timed(&mut connection, &Request::product(id, &bodies, "L2; hit")).await?);
+    for size in Size::BOTH {
+        let bodies = Bodies::new(size);
+        let catalogue = Catalogue::new(count, size, Rows::Computed).await?;
+        let redis = filled_redis(&catalogue, &bodies, count).await?;
+        let server = handler(settings_of_full_memory(catalogue.url(), Some(redis.url()))).await?;
+        fill(&server, WARM..WARM + FULL, &bodies).await?;
+        for _ in 0..3 {
+            fill(&server, 0..WARM, &bodies).await?; // often enough to be kept
+        }
+        let mut connection = Connection::open(server.port).await?;
+        let mut next = FIRST + WARM + FULL;
+        let mut rounds = Vec::new();
+        for round in 0..=bench.rounds() {
+            let (mut batches, mut singles) = (Vec::new(), Vec::new());
+            for _ in 0..BATCHES {
+                for id in next..next + SINGLES_PER_BATCH {
+                    singles.push(timed(&mut connection, &Request::product(id, &bodies, "L2; hit")).await?);
+                }
+                // By turns, as a page of products would mix them.
+                let cold = next + SINGLES_PER_BATCH;
+                let ids: Vec<_> = (0..50).flat_map(|n| [FIRST + n, cold + n]).collect();
+                let mut request = load::batch(&ids, &bodies);
+                request.cache_status = "memory 50, redis 50, database 0";
+                batches.push(timed(&mut connection, &request).await?);
+                next += per_batch;
             }
-            // By turns, as a page of products would mix them.
-            let cold = next + SINGLES_PER_BATCH;
-            let ids: Vec<_> = (0..50).flat_map(|n| [FIRST + n, cold + n]).collect();
-            let mut request = load::batch(&ids, &bodies);
-            request.cache_status = "memory 50, redis 50, database 0";
-            batches.push(timed(&mut connection, &request).await?);
-            next += per_batch;
+            if round > 0 {
+                rounds.push((median(&batches), median(&singles)));
+            }
         }
-        if round > 0 {
-            rounds.push((median(&batches), median(&singles)));
-        }
+        let scenario = format!("batch of 100, 50 in L1 and 50 in L2, {}: time", size.name());
+        bench.report.add(&scenario, "s", "one L2 hit", Bound::AtMost(3.0), &rounds);
     }
-    let scenario = "batch of 100, 50 in L1 and 50 in L2: time";
-    bench.report.add(scenario, "s", "one L2 hit", Bound::AtMost(3.0), &rounds);
     Ok(())
 }
 
