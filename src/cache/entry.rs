@@ -92,13 +92,7 @@ impl Entry {
 pub fn etag<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Bytes {
     let mut hash = Sha256::new();
     parts.into_iter().for_each(|part| hash.update(part));
-    let mut etag = String::with_capacity(ETAG);
-    etag.push('"');
-    for byte in &hash.finalize()[..16] {
-        etag.push_str(&format!("{byte:02x}"));
-    }
-    etag.push('"');
-    etag.into()
+    format!("\"{:.32x}\"", hash.finalize()).into()
 }
 
 /// First byte of an envelope. A later format takes another one, and each program treats the other's as a miss.

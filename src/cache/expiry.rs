@@ -136,7 +136,11 @@ impl Queue {
         let oldest = state.keys.values().copied().chain(state.everything).map(|named| named.first).min();
         let delivered = oldest.map_or(state.last, |oldest| oldest - 1);
         drop(state);
-        self.delivered.send_if_modified(|last| delivered > std::mem::replace(last, delivered.max(*last)));
+        self.delivered.send_if_modified(|last| {
+            let is_news = delivered > *last;
+            *last = delivered.max(*last);
+            is_news
+        });
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

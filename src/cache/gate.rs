@@ -4,10 +4,7 @@
 //! than `loads` queries at a time, and while it is down one probe per pause.
 
 use std::{
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -22,8 +19,7 @@ use crate::config;
 /// Loads that run, loads that wait, and whether the database is left alone.
 pub(super) struct Gate {
     running: Semaphore,
-    waiting: AtomicUsize,
-    most_waiting: usize,
+    waiting: Semaphore,
     breaker: Mutex<Breaker>,
     failures_to_open: u32,
     pause: Duration,
@@ -34,7 +30,7 @@ pub(super) struct Gate {
 enum Breaker {
     Closed { failures: u32 },
     Open { until: Instant },
-    HalfOpen { since: Instant },
+    HalfOpen,
 }
 
 /// The right to ask the database once. Dropping it without [`Permit::end`] counts as a failure.
@@ -57,8 +53,7 @@ impl Gate {
     pub(super) fn new(config: &config::Cache) -> Self {
         Self {
             running: Semaphore::new(config.loads_max),
-            waiting: AtomicUsize::new(0),
-            most_waiting: config.loads_queued_max,
+            waiting: Semaphore::new(config.loads_queued_max),
             breaker: Mutex::new(Breaker::Closed { failures: 0 }),
             failures_to_open: config.breaker_failures,
             pause: config.breaker_pause,
@@ -71,7 +66,8 @@ impl Gate {
         let running = match self.running.try_acquire() {
             Ok(permit) => permit,
             Err(_) => {
-                let _place = self.queue()?;
+                let too_many = |_| Failure::Unavailable("too many loads are waiting for the database".to_owned());
+                let _place = self.waiting.try_acquire().map_err(too_many)?;
                 // Never closed; callers bound the wait by the hard timeout.
                 self.running.acquire().await.map_err(|_| Failure::Unavailable("stopping".to_owned()))?
             }
@@ -85,21 +81,13 @@ impl Gate {
         !matches!(*self.breaker(), Breaker::Closed { .. })
     }
 
-    fn queue(&self) -> Result<Place<'_>, Failure> {
-        let place = Place(&self.waiting);
-        if self.waiting.fetch_add(1, Ordering::AcqRel) >= self.most_waiting {
-            return Err(Failure::Unavailable("too many loads are waiting for the database".to_owned()));
-        }
-        Ok(place)
-    }
-
     fn check(&self, breaker: &Breaker) -> Result<(), Failure> {
         match *breaker {
             Breaker::Closed { .. } => Ok(()),
             Breaker::Open { until } if Instant::now() >= until => Ok(()),
-            // A probe that never ended (its task was stopped) must not keep the gate shut.
-            Breaker::HalfOpen { since } if since.elapsed() > self.pause * 10 => Ok(()),
-            Breaker::Open { .. } | Breaker::HalfOpen { .. } => Err(left_alone()),
+            Breaker::Open { .. } | Breaker::HalfOpen => {
+                Err(Failure::Unavailable("the database fails and is left alone for a moment".to_owned()))
+            }
         }
     }
 
@@ -108,7 +96,7 @@ impl Gate {
         let mut breaker = self.breaker();
         self.check(&breaker)?;
         if !matches!(*breaker, Breaker::Closed { .. }) {
-            *breaker = Breaker::HalfOpen { since: Instant::now() };
+            *breaker = Breaker::HalfOpen;
         }
         Ok(())
     }
@@ -116,7 +104,12 @@ impl Gate {
     fn ended(&self, outcome: Outcome) {
         let mut breaker = self.breaker();
         *breaker = match (*breaker, outcome) {
-            (_, Outcome::Answered) => Breaker::Closed { failures: 0 },
+            (before, Outcome::Answered) => {
+                if !matches!(before, Breaker::Closed { .. }) {
+                    tracing::info!("the database answers again");
+                }
+                Breaker::Closed { failures: 0 }
+            }
             (Breaker::Closed { failures }, Outcome::Failed) => {
                 let failures = failures.saturating_add(1);
                 if self.failures_to_open > 0 && failures >= self.failures_to_open {
@@ -127,7 +120,7 @@ impl Gate {
                 }
             }
             (Breaker::Open { until }, Outcome::Failed) => Breaker::Open { until },
-            (Breaker::HalfOpen { .. }, Outcome::Failed) => self.open(),
+            (Breaker::HalfOpen, Outcome::Failed) => self.open(),
         };
     }
 
@@ -139,10 +132,6 @@ impl Gate {
     fn breaker(&self) -> MutexGuard<'_, Breaker> {
         self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn left_alone() -> Failure {
-    Failure::Unavailable("the database fails and is left alone for a moment".to_owned())
 }
 
 impl Permit<'_> {
@@ -158,15 +147,6 @@ impl Drop for Permit<'_> {
         if !self.ended {
             self.gate.ended(Outcome::Failed);
         }
-    }
-}
-
-/// A place in the queue, given back however the wait ends.
-struct Place<'a>(&'a AtomicUsize);
-
-impl Drop for Place<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -194,7 +174,7 @@ mod tests {
         first.end(Outcome::Answered);
         third.await.expect("its turn").end(Outcome::Answered);
         drop(Box::pin(gate.enter()));
-        assert_eq!(gate.waiting.load(Ordering::SeqCst), 0, "a place is given back");
+        assert_eq!(gate.waiting.available_permits(), 1, "a place is given back");
     }
 
     #[tokio::test(start_paused = true)]

@@ -74,7 +74,7 @@ pub(super) struct Token(String);
 
 impl Token {
     /// 128 random bits: two instances never draw the same.
-    fn draw() -> Self {
+    pub(super) fn draw() -> Self {
         Self(format!("{:032x}", rand::random::<u128>()))
     }
 }
@@ -99,7 +99,7 @@ pub(super) enum Read {
     /// Another instance is loading it.
     Leased(Option<CachedCopy>),
     /// The caller is to load it.
-    Yours(Token, Option<CachedCopy>),
+    Yours(Option<CachedCopy>),
     /// What is under this name is none of ours: the caller is to load it, and cannot store it.
     Unusable,
 }
@@ -200,47 +200,48 @@ impl L2 {
         Ok(seen.map(|seen| seen.unwrap_or(Seen::Neither)).collect())
     }
 
-    /// Reads or leases all keys in one round trip. `max_age` accepts only younger entries.
+    /// Reads or leases all keys in one round trip, each by its token. `max_age` accepts only younger entries. `Err`: some
+    /// may be leased all the same.
     pub(super) async fn read_or_lease(
         &self,
         keys: &[Key],
+        tokens: &[Token],
         max_age: Option<Duration>,
         floor: Floor,
         stale_copies: StaleCopies,
     ) -> Result<Vec<Read>, Error> {
-        let reads = self.try_read_or_lease(keys, max_age, floor, stale_copies).await?;
-        let damaged: Vec<_> = keys.iter().zip(&reads).filter(|(_, read)| read.is_none()).map(|(key, _)| *key).collect();
-        if damaged.is_empty() {
-            return Ok(reads.into_iter().flatten().collect());
+        let mut reads = self.try_read_or_lease(keys, tokens, max_age, floor, stale_copies).await?;
+        let damaged: Vec<_> = (0..keys.len()).filter(|index| reads[*index].is_none()).collect();
+        if !damaged.is_empty() {
+            // Once more for those, expired so that they can be leased.
+            let keys: Vec<_> = damaged.iter().map(|index| keys[*index]).collect();
+            let tokens: Vec<_> = damaged.iter().map(|index| tokens[*index].clone()).collect();
+            self.redis.send(keys.iter().map(|key| self.expire(key)).collect()).await?;
+            let again = self.try_read_or_lease(&keys, &tokens, max_age, floor, stale_copies).await?;
+            damaged.into_iter().zip(again).for_each(|(index, read)| reads[index] = read);
         }
-        // Once more for those, expired so that they can be leased.
-        self.redis.send(damaged.iter().map(|key| self.expire(key)).collect()).await?;
-        let mut again = self.try_read_or_lease(&damaged, max_age, floor, stale_copies).await?.into_iter();
-        let repaired = reads.into_iter().map(|read| read.or_else(|| again.next().flatten()));
-        Ok(repaired.map(|read| read.unwrap_or(Read::Leased(None))).collect())
+        Ok(reads.into_iter().map(|read| read.unwrap_or(Read::Leased(None))).collect())
     }
 
     /// `None` for a key whose fresh envelope is damaged or of another version.
     async fn try_read_or_lease(
         &self,
         keys: &[Key],
+        tokens: &[Token],
         max_age: Option<Duration>,
         floor: Floor,
         stale_copies: StaleCopies,
     ) -> Result<Vec<Option<Read>>, Error> {
-        let tokens: Vec<_> = keys.iter().map(|_| Token::draw()).collect();
         let max_age_ms = max_age.map_or(-1, |age| i64::try_from(age.as_millis()).unwrap_or(i64::MAX));
-        let calls = keys.iter().zip(&tokens).map(|(key, token)| {
+        let calls = keys.iter().zip(tokens).map(|(key, token)| {
             let mut call = self.read_or_lease.call(&self.name(key));
             call.arg(&token.0).arg(self.lease.as_millis() as u64).arg(max_age_ms);
             call.arg(floor.ms).arg(floor.generation).arg(u8::from(stale_copies == StaleCopies::Wanted));
             call
         });
         let replies = self.redis.send_script(&self.read_or_lease, calls.collect()).await?;
-        let replies = keys.iter().zip(tokens).zip(replies);
-        Ok(replies
-            .map(|((key, token), reply)| reply.map_or(Some(Read::Unusable), |reply| read(key, token, reply)))
-            .collect())
+        let replies = keys.iter().zip(replies);
+        Ok(replies.map(|(key, reply)| reply.map_or(Some(Read::Unusable), |reply| read(key, reply))).collect())
     }
 
     /// Stores loaded entries in one round trip.
@@ -264,18 +265,18 @@ impl L2 {
         }
     }
 
-    /// Gives leases back, so that others need not wait for them to run out. Best effort: they do run out.
-    pub(super) async fn release<'a>(&self, leases: impl Iterator<Item = (Key, &'a Token)>) {
-        let calls: Vec<_> = leases
-            .map(|(key, token)| {
-                let mut call = self.release.call(&self.name(&key));
-                call.arg(&token.0);
-                call
-            })
-            .collect();
+    /// Gives leases back, so that others need not wait for them to run out.
+    pub(super) async fn release(&self, leases: &[(Key, Token)]) -> Result<(), Error> {
+        let release = |(key, token): &(Key, Token)| {
+            let mut call = self.release.call(&self.name(key));
+            call.arg(&token.0);
+            call
+        };
+        let calls: Vec<_> = leases.iter().map(release).collect();
         if !calls.is_empty() {
-            let _ = self.redis.send_script(&self.release, calls).await;
+            self.redis.send_script(&self.release, calls).await?;
         }
+        Ok(())
     }
 
     /// The command that expires a key: what is fresh becomes stale and a lease is revoked, in one step; the old copy
@@ -348,7 +349,7 @@ fn number(digits: &[u8]) -> Option<u64> {
 }
 
 /// What a reply says; `None` if it is a fresh envelope that cannot be used.
-fn read(key: &Key, token: Token, reply: Value) -> Option<Read> {
+fn read(key: &Key, reply: Value) -> Option<Read> {
     let reply: Result<(String, u64, u64, u64, Vec<u8>), _> = redis::from_redis_value(reply);
     let Ok((state, age_ms, left_ms, took_ms, stored)) = reply else { return Some(Read::Unusable) };
     let fresh = state == "fresh";
@@ -362,7 +363,7 @@ fn read(key: &Key, token: Token, reply: Value) -> Option<Read> {
     });
     match state.as_str() {
         "fresh" => copy.map(Read::Fresh),
-        "yours" => Some(Read::Yours(token, copy)),
+        "yours" => Some(Read::Yours(copy)),
         _ => Some(Read::Leased(copy)),
     }
 }

@@ -21,6 +21,10 @@ use crate::telemetry::LogLimiter;
 /// How long after the start reads wait for the log to be heard for the first time: as long as Redis takes to answer.
 const FIRST_HEARING: Duration = Duration::from_millis(250);
 
+/// How far the last expiry of everything may lie in the future by Redis' clock: more than a read of the log takes, before
+/// which the clock was asked.
+const CLOCK_SLACK: Duration = Duration::from_secs(5);
+
 impl Inner {
     /// Waits a moment for the log at the very start, so that the first reads need not go past Redis.
     pub(super) async fn first_hearing(&self) {
@@ -36,14 +40,16 @@ impl Inner {
 pub(super) async fn listen(cache: Arc<Inner>) {
     let Some(remote) = &cache.remote else { return std::future::pending().await };
     let mut reader = remote.log.reader();
-    let deaf = LogLimiter::default();
+    let limiter = LogLimiter::default();
+    let mut deaf = false;
     loop {
         remote.redis.log_connected().await;
         let sent = cache.memory.now();
         let heard = match reader.read(cache.clock.is_due(sent), cache.floor()).await {
             Ok(heard) => heard,
             Err(error) => {
-                if let Some(unsaid) = deaf.next() {
+                if let Some(unsaid) = limiter.next() {
+                    deaf = true;
                     let trusted_s = cache.config.unheard_max.as_secs();
                     tracing::warn!(%error, unsaid, "redis: cannot hear the log; memory is trusted for {trusted_s} s");
                 }
@@ -53,9 +59,15 @@ pub(super) async fn listen(cache: Arc<Inner>) {
         };
         if let Some(redis_us) = heard.redis_us {
             cache.clock.set(sent, redis_us);
+            // Until the clock has caught up, nothing that is loaded would count as fresh in Redis.
+            if cache.floor().ms > redis_us / 1000 + CLOCK_SLACK.as_millis() as u64 && !cache.queue.len().1 {
+                tracing::warn!("redis: the clock went back; everything is stale");
+                cache.queue.add(&Scope::Everything);
+            }
         }
         // Raised before keys are expired, so that what they are loaded from next is already judged by it.
-        let known = cache.raise(heard.floor);
+        let is_answered = heard.is_answered();
+        cache.raise(heard.floor);
         for news in heard.news {
             match news {
                 News::Expired(scope) => cache.expire_here(&scope),
@@ -63,8 +75,8 @@ pub(super) async fn listen(cache: Arc<Inner>) {
                 News::Reset => {
                     tracing::warn!("redis: the invalidation log was lost or went back; everything is stale");
                     // Redis may be an older copy of itself, or another one: nothing in it is trusted until the floor is
-                    // raised, which another instance may have done since; not if it did so before what was lost.
-                    if heard.said_ms <= known.ms.max(heard.known_ms) {
+                    // raised.
+                    if !is_answered {
                         cache.queue.add(&Scope::Everything);
                     }
                     cache.memory.expire_everything();
@@ -75,6 +87,9 @@ pub(super) async fn listen(cache: Arc<Inner>) {
             // As of when the read was sent: a process that was stopped meanwhile must not think it heard just now.
             cache.memory.heard(Source::Log, sent);
             cache.heard_once.send_if_modified(|heard| !mem::replace(heard, true));
+            if mem::take(&mut deaf) {
+                tracing::info!("redis: the log is heard again");
+            }
         }
         let position = reader.position();
         let before = mem::replace(&mut *cache.position.lock().unwrap_or_else(PoisonError::into_inner), position);

@@ -17,19 +17,25 @@ use super::{
     Entry, Failure, How, Inner, Key, Level, Load,
     gate::Outcome,
     l2::{CachedCopy, Fill, Filled, L2, Leases, Read, Seen, StaleCopies, Token},
-    memory::{Guard, Moment, Purpose, Stored, duration, span},
+    memory::{Guard, Moment, Purpose, Stored, Times, duration, span},
 };
+use crate::redis;
 
 /// Least pause between two looks at another instance's load; each costs Redis one command. Timers round up: two, really.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 /// Pauses grow with the wait, so that what was delivered after a long one is seen at most this part of it later.
 const PART_OF_WAIT: u32 = 16;
 
+/// Pause between two attempts to give back what Redis did not say that it gave.
+const AFTER_STALL: Duration = Duration::from_millis(100);
+
 /// A flight on its way.
 struct Pending {
     guard: Guard,
     /// The right to fill Redis; without it only memory is filled.
     token: Option<Token>,
+    /// A lease that Redis was asked for and did not tell about: it may have been given.
+    asked_for: Option<Token>,
     stale: Option<Stored>,
     /// Redis was asked already and did not answer.
     past_redis: bool,
@@ -37,7 +43,7 @@ struct Pending {
 
 impl From<Guard> for Pending {
     fn from(guard: Guard) -> Self {
-        Self { guard, token: None, stale: None, past_redis: false }
+        Self { guard, token: None, asked_for: None, stale: None, past_redis: false }
     }
 }
 
@@ -95,8 +101,8 @@ fn land_copy(cache: &Inner, guard: Guard, copy: CachedCopy, sent: Moment) {
     // Redis counts whole milliseconds, so its entry is up to one older than it says.
     let born = sent - span(copy.age + Duration::from_millis(1));
     let fresh = copy.left.min(duration_of(&copy.entry, cache.config.l1_duration, cache));
-    let life = [born, cache.memory.known(born, sent), sent.saturating_add(span(fresh))];
-    let stored = cache.memory.stored(&copy.entry, life, copy.took, &guard.flight);
+    let times = Times { born, known: cache.memory.known(born, sent), fresh_until: sent.saturating_add(span(fresh)) };
+    let stored = guard.flight.brings(&copy.entry, times, copy.took);
     guard.land(stored, How::hit(Level::Redis));
 }
 
@@ -106,7 +112,7 @@ async fn lease_and_load(cache: Arc<Inner>, flights: Vec<Pending>, load: Load) {
     match &cache.remote {
         Some(remote) if !shared.is_empty() => {
             let (ours, theirs) = read_or_lease(&cache, &remote.l2, shared, StaleCopies::Wanted).await;
-            let load_theirs = load_late(&cache, &remote.l2, (Instant::now(), theirs), &load);
+            let load_theirs = load_late(&cache, &remote.l2, theirs, &load);
             tokio::join!(load_all(&cache, ours, &load), load_theirs, load_all(&cache, local, &load));
         }
         _ => load_all(&cache, shared.into_iter().chain(local).collect(), &load).await,
@@ -117,18 +123,24 @@ async fn lease_and_load(cache: Arc<Inner>, flights: Vec<Pending>, load: Load) {
 async fn read_or_lease(
     cache: &Arc<Inner>,
     l2: &L2,
-    flights: Vec<Pending>,
+    mut flights: Vec<Pending>,
     stale_copies: StaleCopies,
 ) -> (Vec<Pending>, Vec<Pending>) {
+    let tokens: Vec<_> = flights.iter().map(|_| Token::draw()).collect();
     let keys: Vec<_> = flights.iter().map(|pending| pending.guard.key).collect();
     let max_age = flights.first().and_then(|pending| pending.guard.flight.max_age);
     let sent = cache.memory.now();
-    let reads = match l2.read_or_lease(&keys, max_age, cache.floor(), stale_copies).await {
+    let reads = match l2.read_or_lease(&keys, &tokens, max_age, cache.floor(), stale_copies).await {
         Ok(reads) => reads,
-        Err(_) => return (flights, Vec::new()), // the keeper says what is wrong with the connection
+        // The keeper says what is wrong with the connection.
+        Err(redis::Error::Disconnected) => return (flights, Vec::new()),
+        Err(redis::Error::Failed(_)) => {
+            flights.iter_mut().zip(tokens).for_each(|(pending, token)| pending.asked_for = Some(token));
+            return (flights, Vec::new());
+        }
     };
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    for (mut pending, read) in flights.into_iter().zip(reads) {
+    for ((mut pending, token), read) in flights.into_iter().zip(tokens).zip(reads) {
         let keep = |pending: &mut Pending, copy: Option<CachedCopy>| {
             let Some(CachedCopy { entry, age, only_old, .. }) = copy else { return };
             let stale = cache.memory.stale_copy(&entry, age, !only_old, &pending.guard.flight);
@@ -139,7 +151,7 @@ async fn read_or_lease(
         };
         match read {
             Read::Fresh(copy) => land_copy(cache, pending.guard, copy, sent),
-            Read::Yours(token, stale) => {
+            Read::Yours(stale) => {
                 pending.token = Some(token);
                 keep(&mut pending, stale);
                 ours.push(pending);
@@ -155,10 +167,11 @@ async fn read_or_lease(
 }
 
 /// Loads what other instances do not deliver, each key as soon as it is ours to load, whatever the others wait for.
-async fn load_late(cache: &Arc<Inner>, l2: &L2, mut waiting: Waiting, load: &Load) {
+async fn load_late(cache: &Arc<Inner>, l2: &L2, mut theirs: Vec<Pending>, load: &Load) {
+    let began = Instant::now();
     let mut loads = FuturesUnordered::new();
     loop {
-        let mut next = pin!(wait(cache, l2, waiting));
+        let mut next = pin!(wait(cache, l2, began, theirs));
         let next = loop {
             tokio::select! {
                 next = &mut next => break next,
@@ -167,35 +180,37 @@ async fn load_late(cache: &Arc<Inner>, l2: &L2, mut waiting: Waiting, load: &Loa
         };
         let Some((late, still)) = next else { break };
         loads.push(load_all(cache, late, load));
-        waiting = still;
+        theirs = still;
     }
     while loads.next().await.is_some() {}
 }
 
-/// Flights whose keys other instances load, and since when they are waited for.
-type Waiting = (Instant, Vec<Pending>);
-
-/// Waits for other instances' loads; returns what is to be loaded after all, because its lease came free or nobody
-/// delivered, and what is still to be waited for; `None` when that was all.
-async fn wait(cache: &Arc<Inner>, l2: &L2, (began, mut theirs): Waiting) -> Option<(Vec<Pending>, Waiting)> {
+/// Waits for other instances' loads, since they `began` to be waited for; returns what is to be loaded after all, because
+/// its lease came free or nobody delivered, and what is still to be waited for; `None` when that was all.
+async fn wait(
+    cache: &Arc<Inner>,
+    l2: &L2,
+    began: Instant,
+    mut theirs: Vec<Pending>,
+) -> Option<(Vec<Pending>, Vec<Pending>)> {
     while !theirs.is_empty() && began.elapsed() < cache.config.lease_wait {
         sleep((began.elapsed() / PART_OF_WAIT).max(LOOK_AGAIN)).await;
         let free;
         (free, theirs) = match read_fresh(cache, l2, theirs, Leases::Told).await {
             Ok(seen) => seen,
-            Err(unseen) => return Some((unseen, (began, Vec::new()))),
+            Err(unseen) => return Some((unseen, Vec::new())),
         };
         if !free.is_empty() {
             let (ours, leased) = read_or_lease(cache, l2, free, StaleCopies::Unwanted).await;
             theirs.extend(leased);
             if !ours.is_empty() {
-                return Some((ours, (began, theirs)));
+                return Some((ours, theirs));
             }
         }
     }
     // A refresh that another instance did not deliver is dropped: what is in memory is still fresh.
     theirs.retain(|pending| pending.guard.flight.purpose == Purpose::Miss);
-    (!theirs.is_empty()).then_some((theirs, (began, Vec::new())))
+    (!theirs.is_empty()).then(|| (theirs, Vec::new()))
 }
 
 /// Loads all of these in one query and ends their flights.
@@ -218,19 +233,22 @@ async fn load_all(cache: &Arc<Inner>, flights: Vec<Pending>, load: &Load) {
         timeout(cache.config.hard_timeout, attempt).await.unwrap_or_else(|_| Err(Failure::Unavailable(late())));
     let entries = match result {
         Ok(entries) => entries,
-        Err(failure) => return fail_all(cache, flights, failure).await,
+        Err(failure) => {
+            let failed = flights.into_iter().map(|pending| (pending, failure.clone())).collect();
+            return fail_all(cache, failed).await;
+        }
     };
     let found: HashMap<Key, Result<Entry, Failure>> = entries.into_iter().collect();
-    let mut loaded = Vec::with_capacity(flights.len());
+    let (mut loaded, mut failed) = (Vec::with_capacity(flights.len()), Vec::new());
     for pending in flights {
         // Not taken out: of a key that a batch names twice there are two flights, if it expired between their beginnings.
         match found.get(&pending.guard.key).cloned().unwrap_or(Ok(Entry::Absent)) {
             Ok(entry) => loaded.push((pending, entry)),
-            Err(failure) => fail_all(cache, vec![pending], failure).await,
+            Err(failure) => failed.push((pending, failure)),
         }
     }
     drop(found); // so that each body is let go of as soon as it is stored
-    fill_all(cache, loaded, born).await;
+    tokio::join!(fill_all(cache, loaded, born), fail_all(cache, failed));
 }
 
 /// Offers the loaded entries to Redis, then to memory, and answers the readers.
@@ -238,60 +256,72 @@ async fn fill_all(cache: &Arc<Inner>, loaded: Vec<(Pending, Entry)>, born: i64) 
     let sent = cache.memory.now();
     let took = duration(sent - born);
     let mut filled = vec![Filled::Unknown; loaded.len()];
-    if let Some(remote) = &cache.remote {
-        let storable = |pending: &Pending, entry: &Entry| {
-            let may = cache.memory.accepts(entry.packed()) && !cache.queue.has(&pending.guard.key);
-            pending.token.is_some() && may
-        };
-        let storable: Vec<_> = loaded.iter().map(|(pending, entry)| storable(pending, entry)).collect();
-        let (indices, fills): (Vec<_>, Vec<_>) = loaded
-            .iter()
-            .enumerate()
-            .filter(|(index, _)| storable[*index])
-            .filter_map(|(index, (pending, entry))| {
-                let token = pending.token.as_ref()?;
-                let fresh = duration_of(entry, cache.config.l2_duration, cache);
-                let keep = match entry {
-                    Entry::Found(_) => fresh + cache.config.fail_safe_max,
-                    Entry::Absent => fresh,
-                };
-                Some((index, Fill { key: pending.guard.key, token, entry, fresh, keep }))
-            })
-            .unzip();
-        if !fills.is_empty() {
-            for (index, outcome) in indices.into_iter().zip(remote.l2.fill(&fills).await) {
-                filled[index] = outcome;
-            }
+    let (mut places, mut fills, mut refused, mut asked_for) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for (place, (pending, entry)) in loaded.iter().enumerate() {
+        let key = pending.guard.key;
+        asked_for.extend(pending.asked_for.clone().map(|token| (key, token)));
+        let Some(token) = &pending.token else { continue };
+        if !cache.memory.accepts(entry.packed()) || cache.queue.has(&key) {
+            refused.push((key, token.clone()));
+            continue;
         }
-        let refused = loaded.iter().zip(&storable).filter(|(_, storable)| !**storable).map(|((pending, _), _)| pending);
-        remote.l2.release(refused.filter_map(|pending| Some((pending.guard.key, pending.token.as_ref()?)))).await;
+        let fresh = duration_of(entry, cache.config.l2_duration, cache);
+        let keep = match entry {
+            Entry::Found(_) => fresh + cache.config.fail_safe_max,
+            Entry::Absent => fresh,
+        };
+        places.push(place);
+        fills.push(Fill { key, token, entry, fresh, keep });
+    }
+    if let Some(remote) = &cache.remote
+        && !fills.is_empty()
+    {
+        for (place, outcome) in places.into_iter().zip(remote.l2.fill(&fills).await) {
+            filled[place] = outcome;
+        }
     }
     for ((pending, entry), filled) in loaded.into_iter().zip(filled) {
         let fresh = duration_of(&entry, cache.config.l1_duration, cache);
         let known = if filled == Filled::Stored { cache.memory.known(born, sent) } else { born };
-        let life = [born, known, cache.memory.now().saturating_add(span(fresh))];
-        let stored = cache.memory.stored(&entry, life, took, &pending.guard.flight);
+        let times = Times { born, known, fresh_until: cache.memory.now().saturating_add(span(fresh)) };
+        let stored = pending.guard.flight.brings(&entry, times, took);
         let how = How::hit(Level::Database);
         match filled {
             Filled::Revoked => pending.guard.land_overtaken(stored, how),
             Filled::Stored | Filled::Unknown => pending.guard.land(stored, how),
         }
     }
+    give_back(cache, refused, asked_for).await;
 }
 
 /// Ends these flights with what is left: a stale copy each, or the failure.
-async fn fail_all(cache: &Arc<Inner>, flights: Vec<Pending>, failure: Failure) {
-    if let Some(unsaid) = cache.failures.next() {
+async fn fail_all(cache: &Arc<Inner>, flights: Vec<(Pending, Failure)>) {
+    if let Some((_, failure)) = flights.first()
+        && let Some(unsaid) = cache.failures.next()
+    {
         tracing::error!(keys = flights.len(), %failure, unsaid, "cannot load");
     }
-    let mut leases = Vec::new();
-    for pending in flights {
+    let (mut leases, mut asked_for) = (Vec::new(), Vec::new());
+    for (pending, failure) in flights {
         leases.extend(pending.token.map(|token| (pending.guard.key, token)));
-        pending.guard.fail(failure.clone(), pending.stale);
+        asked_for.extend(pending.asked_for.map(|token| (pending.guard.key, token)));
+        pending.guard.fail(failure, pending.stale);
     }
-    if let Some(remote) = &cache.remote {
-        remote.l2.release(leases.iter().map(|(key, token)| (*key, token))).await;
-    }
+    give_back(cache, leases, asked_for).await;
+}
+
+/// Gives leases back of which no fill will come, once their readers have their answers; those that were only `asked_for`
+/// as soon as Redis answers again, as it may give them even then.
+async fn give_back(cache: &Inner, leases: Vec<(Key, Token)>, asked_for: Vec<(Key, Token)>) {
+    let Some(remote) = &cache.remote else { return };
+    let _ = remote.l2.release(&leases).await;
+    let when_it_answers = async {
+        while remote.l2.release(&asked_for).await.is_err() {
+            sleep(AFTER_STALL).await;
+            remote.redis.connected().await;
+        }
+    };
+    let _ = timeout(cache.config.lease, when_it_answers).await; // then they have run out
 }
 
 /// How long an entry is fresh: `found` for one that exists, shortened by a random share.

@@ -20,6 +20,7 @@ use redis::{
     Cmd, FromRedisValue, RedisError,
     streams::{StreamId, StreamRangeReply, StreamReadReply},
 };
+use tokio::time::Instant;
 
 use super::Key;
 use crate::{
@@ -96,13 +97,21 @@ pub(super) struct Floor {
     /// Those whose load began then or before (Redis' clock, milliseconds).
     pub(super) ms: u64,
     /// Those whose loader knew of fewer such expiries than this. It counts where Redis' clock went back since they were
-    /// loaded, as it may when another node takes over.
+    /// loaded, as it may when another node takes over. Zero is never given: it stands for what cannot be read.
     pub(super) generation: u64,
 }
 
 impl Floor {
-    fn or_higher(self, other: Self) -> Self {
-        Self { ms: self.ms.max(other.ms), generation: self.generation.max(other.generation) }
+    /// What counts of two: the later expiry's, though Redis' clock may have been set back before it.
+    pub(super) fn and(self, other: Self) -> Self {
+        let is_unread = self.generation == 0 || other.generation == 0;
+        match self.generation.cmp(&other.generation) {
+            _ if is_unread || self.generation == other.generation => {
+                Self { ms: self.ms.max(other.ms), generation: self.generation.max(other.generation) }
+            }
+            Ordering::Greater => self,
+            _ => other,
+        }
     }
 }
 
@@ -114,13 +123,23 @@ pub(super) struct Heard {
     /// The highest floor that a notice states itself (its milliseconds), not one assumed of an unreadable notice: it shows
     /// that an instance has made stale all that is in Redis below.
     pub(super) said_ms: u64,
-    /// Up to where this instance knew the log before this read (Redis' milliseconds): what it has heard, and what it has
-    /// appended.
-    pub(super) known_ms: u64,
+    /// How long before this read was sent this instance had last heard a notice or been told that one is appended: the
+    /// least age of whatever may be lost. `None`: not before.
+    pub(super) known_for: Option<Duration>,
     /// Nothing more was in the log when this read was sent.
     pub(super) caught_up: bool,
     /// Redis' time right after this read was sent, if it was wanted (microseconds).
     pub(super) redis_us: Option<u64>,
+}
+
+impl Heard {
+    /// Whether an instance has made everything stale since whatever may be lost: its floor is above that, by this Redis'
+    /// clock.
+    pub(super) fn is_answered(&self) -> bool {
+        let (Some(redis_us), Some(known_for)) = (self.redis_us, self.known_for) else { return false };
+        let youngest_us = u128::from(redis_us).saturating_sub(known_for.as_micros());
+        u128::from(self.said_ms) * 1000 > youngest_us
+    }
 }
 
 /// Place of a notice in the log, as Redis orders it.
@@ -172,6 +191,12 @@ impl Log {
     /// Carries out `before` and then appends the notice, in one round trip; returns the floor, which an expiry of
     /// everything raises above the known one. `Ok` only if all of it happened.
     pub(super) async fn append(&self, before: Vec<Cmd>, scope: &Scope, known: Floor) -> Result<Floor, Error> {
+        let (notice, floor) = self.send(before, scope, known).await?;
+        self.own().appended(notice);
+        Ok(floor)
+    }
+
+    async fn send(&self, before: Vec<Cmd>, scope: &Scope, known: Floor) -> Result<(Position, Floor), Error> {
         let keys = match scope {
             Scope::Everything => EVERYTHING.to_owned(),
             Scope::Keys(keys) => keys.iter().map(Key::to_string).collect::<Vec<_>>().join(" "),
@@ -186,14 +211,7 @@ impl Log {
         }
         let (id, ms, generation): (String, u64, u64) = redis::from_redis_value(appended).map_err(RedisError::from)?;
         let id: Position = id.parse().map_err(|()| malformed("notice id"))?;
-        let mut own = self.own();
-        if id > own.heard {
-            own.unheard.insert(id);
-        }
-        if own.unheard.len() > MOST_UNHEARD {
-            own.unheard.pop_first();
-        }
-        Ok(Floor { ms, generation })
+        Ok((id, Floor { ms, generation }))
     }
 
     /// Removes what stands under the log's name if no notice could be appended to it. Best effort.
@@ -207,7 +225,7 @@ impl Log {
 
     /// A reader that has heard nothing yet.
     pub(super) fn reader(&self) -> Reader<'_> {
-        Reader { log: self, last: None }
+        Reader { log: self, last: None, heard_at: None }
     }
 
     /// The last notice, and the time, if wanted.
@@ -216,6 +234,26 @@ impl Log {
         command.arg(&self.name).arg("+").arg("-").arg("COUNT").arg(1);
         let (reply, redis_us): (StreamRangeReply, _) = self.ask(command, Duration::ZERO, want_time).await?;
         Ok((reply.ids.into_iter().next().map(|entry| self.notice(entry)).transpose()?, redis_us))
+    }
+
+    /// Whether the log lacks one of these notices of ours.
+    async fn lacks(&self, notices: &BTreeSet<Position>) -> Result<bool, Error> {
+        if notices.is_empty() {
+            return Ok(false);
+        }
+        let look_up = |notice: &Position| {
+            let mut command = redis::cmd("XRANGE");
+            command.arg(&self.name).arg(notice.to_string()).arg(notice.to_string());
+            command
+        };
+        for reply in self.redis.send_on_log(notices.iter().map(look_up).collect(), Duration::ZERO).await? {
+            let reply: StreamRangeReply = redis::from_redis_value(reply?).map_err(RedisError::from)?;
+            let found = reply.ids.into_iter().next().map(|entry| self.notice(entry)).transpose()?;
+            if found.is_none_or(|found| found.author != self.author) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Asks on the log's connection, which may take `block` longer than usual, and before that for the time, if wanted.
@@ -230,7 +268,7 @@ impl Log {
         let reply = replies.pop().ok_or_else(|| malformed("no reply"))??;
         let time = replies.pop().and_then(Result::ok).and_then(|time| redis::from_redis_value::<(u64, u64)>(time).ok());
         let reply = redis::from_redis_value(reply).map_err(RedisError::from)?;
-        Ok((reply, time.map(|(seconds, microseconds)| seconds * 1_000_000 + microseconds)))
+        Ok((reply, time.map(|(seconds, microseconds)| seconds.saturating_mul(1_000_000).saturating_add(microseconds))))
     }
 
     fn notice(&self, entry: StreamId) -> Result<Notice, Error> {
@@ -260,22 +298,54 @@ impl Log {
     }
 }
 
-/// Notices that this instance appended and has not heard yet. One that the log has passed was lost by a Redis that
-/// acknowledged it.
+/// Notices that this instance appended: one that the log has passed without it was lost by a Redis that acknowledged it.
 #[derive(Default)]
 struct Own {
+    /// Acknowledged and not heard yet.
     unheard: BTreeSet<Position>,
+    /// Heard before the acknowledgement came.
+    early: BTreeSet<Position>,
+    /// Acknowledged when the log was behind them already, and not heard: to be looked for.
+    doubtful: BTreeSet<Position>,
     heard: Position,
+    acknowledged_at: Option<Instant>,
 }
 
 impl Own {
+    fn appended(&mut self, notice: Position) {
+        self.acknowledged_at = Some(Instant::now());
+        if self.early.remove(&notice) {
+            return;
+        }
+        let notices = if notice > self.heard { &mut self.unheard } else { &mut self.doubtful };
+        bounded_insert(notices, notice);
+    }
+
     /// Takes note that a notice was heard; `false` if one of ours should have come before it, or in its place.
     fn hear(&mut self, position: Position, is_ours: bool) -> bool {
-        if is_ours {
-            self.unheard.remove(&position);
+        if is_ours && !self.unheard.remove(&position) {
+            bounded_insert(&mut self.early, position);
         }
         self.heard = position;
         self.unheard.first().is_none_or(|unheard| *unheard > position)
+    }
+
+    /// What was acknowledged and is not known to be in the log.
+    fn unsettled(&self) -> BTreeSet<Position> {
+        &self.unheard | &self.doubtful
+    }
+
+    /// The log goes on after `tail`, without having been heard up to there; these have been looked for.
+    fn jump(&mut self, tail: Position, looked_for: &BTreeSet<Position>) {
+        let (passed, ahead) = (&self.unsettled() - looked_for).into_iter().partition(|notice| *notice <= tail);
+        (self.doubtful, self.unheard, self.heard) = (passed, ahead, tail);
+    }
+}
+
+fn bounded_insert(notices: &mut BTreeSet<Position>, notice: Position) {
+    notices.insert(notice);
+    if notices.len() > MOST_UNHEARD {
+        notices.pop_first();
     }
 }
 
@@ -300,6 +370,8 @@ pub(super) struct Reader<'a> {
     log: &'a Log,
     /// The last notice heard and its author.
     last: Option<(Position, String)>,
+    /// When that was.
+    heard_at: Option<Instant>,
 }
 
 impl Reader<'_> {
@@ -311,12 +383,20 @@ impl Reader<'_> {
     /// Waits up to [`BLOCK`] (or not at all, where the log is polled) for notices after the position. On an error the
     /// position stays, so the next read resumes. `known`: the floor as far as this instance knows.
     pub(super) async fn read(&mut self, want_time: bool, known: Floor) -> Result<Heard, Error> {
-        let known_ms = self.position().max(self.log.own().unheard.last().copied()).map_or(0, |last| last.ms);
-        Ok(Heard { known_ms, ..self.read_on(want_time, known).await? })
+        let (sent, heard_at) = (Instant::now(), self.heard_at);
+        let heard = self.read_on(want_time, known).await?;
+        let youngest = heard_at.max(self.log.own().acknowledged_at);
+        let known_for = youngest.map_or(Some(Duration::MAX), |youngest| sent.checked_duration_since(youngest));
+        Ok(Heard { known_for, ..heard })
     }
 
     async fn read_on(&mut self, want_time: bool, known: Floor) -> Result<Heard, Error> {
         let Some(position) = self.position() else { return self.start(News::Missed, known).await };
+        let doubtful = self.log.own().doubtful.clone();
+        if self.log.lacks(&doubtful).await? {
+            return self.start(News::Reset, known).await;
+        }
+        self.log.own().doubtful.retain(|notice| !doubtful.contains(notice));
         let mut command = redis::cmd("XREAD");
         command.arg("COUNT").arg(PAGE);
         let block = if self.log.poll.is_none() { BLOCK } else { Duration::ZERO };
@@ -341,7 +421,7 @@ impl Reader<'_> {
                     Ordering::Equal | Ordering::Less => heard.news.push(News::Reset),
                 }
             }
-            heard.floor = heard.floor.or_higher(notice.floor);
+            heard.floor = heard.floor.and(notice.floor);
             heard.said_ms = heard.said_ms.max(notice.said_ms());
             let is_ours = notice.author == self.log.author;
             let mut own = self.log.own();
@@ -357,7 +437,7 @@ impl Reader<'_> {
             }
             last = Some((notice.position, notice.author));
         }
-        self.last = last;
+        (self.last, self.heard_at) = (last, Some(Instant::now()));
         Ok(heard)
     }
 
@@ -382,26 +462,22 @@ impl Reader<'_> {
 
     /// Takes the end of the log as position; whatever was heard before does not connect to it.
     async fn start(&mut self, why: News, known: Floor) -> Result<Heard, Error> {
-        // What is appended meanwhile is still to be heard.
-        let before = self.log.own().unheard.clone();
+        let before = self.log.own().unsettled();
         let (tail, redis_us) = self.log.tail(true).await?;
         let tail = match tail {
             Some(tail) => tail,
             None => {
                 // A first notice, so that there is a position that a later reset cannot be mistaken for.
-                self.log.append(Vec::new(), &Scope::Keys(Vec::new()), known).await?;
+                self.log.send(Vec::new(), &Scope::Keys(Vec::new()), known).await?;
                 self.log.tail(false).await?.0.ok_or_else(|| malformed("log without the notice just appended"))?
             }
         };
         // Ours, which a Redis has acknowledged and this one does not have.
-        let lost = before.last().is_some_and(|own| *own > tail.position);
+        let lost = self.log.lacks(&before).await?;
         let (floor, said_ms) = (tail.floor, tail.said_ms());
         let why = if lost { News::Reset } else { why };
-        let mut own = self.log.own();
-        own.unheard.retain(|notice| *notice > tail.position && !before.contains(notice));
-        own.heard = tail.position;
-        drop(own);
-        self.last = Some((tail.position, tail.author));
+        self.log.own().jump(tail.position, &before);
+        (self.last, self.heard_at) = (Some((tail.position, tail.author)), Some(Instant::now()));
         Ok(Heard { news: vec![why], floor, said_ms, caught_up: true, redis_us, ..Heard::default() })
     }
 }
@@ -414,15 +490,58 @@ fn malformed(what: &'static str) -> Error {
 mod tests {
     use super::*;
 
+    fn at(ms: u64) -> Position {
+        Position { ms, number: 0 }
+    }
+
     #[test]
     fn a_notice_of_ours_that_the_log_has_passed_was_lost() {
-        let at = |ms| Position { ms, number: 0 };
-        let mut own = Own { unheard: [at(2), at(4)].into(), heard: at(0) };
+        let mut own = Own { unheard: [at(2), at(4)].into(), ..Own::default() };
         assert!((1..=5).all(|ms| own.hear(at(ms), ms % 2 == 0)));
         own.unheard.insert(at(6));
         assert!(!own.hear(at(7), false));
         own.unheard = [at(8)].into();
         assert!(!own.hear(at(8), false), "another one stands in its place");
+    }
+
+    #[test]
+    fn a_notice_of_ours_acknowledged_when_the_log_has_passed_it_is_looked_for_unless_it_was_heard() {
+        let mut own = Own::default();
+        assert!(own.hear(at(1), true) && own.hear(at(3), false));
+        own.appended(at(1));
+        assert!(own.unsettled().is_empty(), "heard before its acknowledgement came");
+        own.appended(at(2));
+        own.appended(at(4));
+        assert_eq!((&own.doubtful, &own.unheard), (&[at(2)].into(), &[at(4)].into()));
+        own.jump(at(5), &[at(2)].into());
+        assert_eq!(
+            (&own.doubtful, own.unsettled()),
+            (&[at(4)].into(), [at(4)].into()),
+            "2 was looked for, 4 is passed"
+        );
+        own.jump(at(5), &own.unsettled());
+        own.appended(at(6));
+        assert_eq!(own.unheard, [at(6)].into());
+    }
+
+    #[test]
+    fn an_expiry_of_everything_answers_only_what_was_lost_before_it_by_the_clock_of_the_redis_that_says_so() {
+        let heard = |said_ms, known_for| Heard { said_ms, known_for, redis_us: Some(100_000_000), ..Heard::default() };
+        let seconds = |seconds| Some(Duration::from_secs(seconds));
+        assert!(heard(95_001, seconds(5)).is_answered() && heard(95_001, Some(Duration::MAX)).is_answered());
+        assert!(!heard(95_000, seconds(5)).is_answered(), "it may be older");
+        assert!(!heard(100_000, None).is_answered(), "something was appended meanwhile");
+        assert!(!Heard { redis_us: None, ..heard(95_001, seconds(5)) }.is_answered(), "nobody knows the time there");
+    }
+
+    #[test]
+    fn of_two_floors_the_later_expirys_counts_whatever_redis_clock_was_set_to() {
+        let floor = |ms, generation| Floor { ms, generation };
+        assert_eq!(floor(9, 1).and(floor(5, 2)), floor(5, 2));
+        assert_eq!(floor(5, 2).and(floor(9, 1)), floor(5, 2));
+        assert_eq!(floor(5, 2).and(floor(7, 2)), floor(7, 2));
+        assert_eq!(floor(5, 2).and(floor(9, 0)), floor(9, 2), "what cannot be read may be about everything");
+        assert_eq!(Floor::default().and(floor(5, 1)), floor(5, 1));
     }
 
     #[test]

@@ -33,7 +33,7 @@ use tokio::{sync::Notify, time::Instant};
 use self::stored::{Footprint, Life, footprint};
 pub(super) use self::{
     flight::{Flight, Purpose},
-    stored::{Moment, Stored, duration, span},
+    stored::{Moment, Stored, Times, duration, span},
 };
 use super::{Answer, Entry, Failure, How, Key, Level, Stale};
 use crate::config;
@@ -121,34 +121,14 @@ impl Memory {
     /// it was `asked`, so no expiry of its key came before. An expiry of everything touches neither and is told by the
     /// log alone: hence no later than the log was heard.
     pub(super) fn known(&self, born: Moment, asked: Moment) -> Moment {
-        born.max(asked.min(self.heard[Source::Log as usize].load(Ordering::Relaxed)))
-    }
-
-    /// An entry that may be stored: its load began at `born` and took `took`, it was not expired at `known`.
-    pub(super) fn stored(
-        &self,
-        entry: &Entry,
-        [born, known, fresh_until]: [Moment; 3],
-        took: Duration,
-        flight: &Flight,
-    ) -> Stored {
-        let life = Life {
-            born,
-            fresh_until,
-            known,
-            took: span(took),
-            epoch: flight.epoch,
-            expired: AtomicBool::new(false),
-            retry_at: AtomicI64::new(Moment::MIN),
-            slow: AtomicBool::new(false),
-        };
-        Stored::new(life, entry)
+        born.max(asked.min(self.heard[Source::Log as usize].load(Ordering::Acquire)))
     }
 
     /// A copy that is no longer fresh; `expired` unless it merely grew old.
     pub(super) fn stale_copy(&self, entry: &Entry, age: Duration, expired: bool, flight: &Flight) -> Stored {
         let now = self.now();
-        let copy = self.stored(entry, [now - span(age), now, now], Duration::ZERO, flight);
+        let times = Times { born: now - span(age), known: now, fresh_until: now };
+        let copy = flight.brings(entry, times, Duration::ZERO);
         copy.expired.store(expired, Ordering::Relaxed);
         copy
     }
@@ -241,7 +221,7 @@ impl Memory {
     fn is_fresh(&self, stored: &Life, now: Moment) -> bool {
         // C6: known to be right when it was read, and as of the last time that expiries were heard.
         let [log, feed] = &self.heard;
-        let heard = log.load(Ordering::Relaxed).min(feed.load(Ordering::Relaxed));
+        let heard = log.load(Ordering::Acquire).min(feed.load(Ordering::Acquire));
         !stored.expired.load(Ordering::Acquire)
             && now < stored.fresh_until
             && stored.epoch == self.epoch.load(Ordering::Acquire)
@@ -253,11 +233,13 @@ impl Memory {
         stored.is_found() && now.saturating_sub(stored.born) < self.fail_safe_max
     }
 
-    /// The younger of the copy in memory and `other`, if one may be served stale.
+    /// The copy in memory, if it is still fresh; else the younger of it and `other`, if one may be served stale.
     pub(super) fn stale(&self, key: &Key, other: Option<Stored>) -> Option<Stored> {
         let now = self.now();
-        let candidates = self.entries.peek(key).into_iter().chain(other);
-        candidates.filter(|stored| self.may_serve_stale(stored, now)).max_by_key(|stored| stored.born)
+        let here = self.entries.peek(key);
+        // `other` may be another copy of the same one.
+        let candidates = here.into_iter().chain(other).filter(|stored| self.may_serve_stale(stored, now));
+        candidates.max_by_key(|stored| (self.is_fresh(stored, now), stored.born))
     }
 
     /// Joins the flight of this key, becomes its leader, or finds that neither is needed any more.
@@ -317,12 +299,13 @@ impl Memory {
 
     /// All expiries up to `moment` have been heard from `source`.
     pub(super) fn heard(&self, source: Source, moment: Moment) {
-        self.heard[source as usize].fetch_max(moment, Ordering::Relaxed);
+        // Whoever sees it sees the expiries, too.
+        self.heard[source as usize].fetch_max(moment, Ordering::Release);
     }
 
     /// How long ago `source` was last heard; `None` if it never was or is not needed.
     pub(super) fn unheard_for(&self, source: Source) -> Option<Duration> {
-        match self.heard[source as usize].load(Ordering::Relaxed) {
+        match self.heard[source as usize].load(Ordering::Acquire) {
             NOT_NEEDED | Moment::MIN => None,
             heard => Some(duration(self.now() - heard)),
         }

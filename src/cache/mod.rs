@@ -21,10 +21,7 @@ mod read;
 
 use std::{
     pin::Pin,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -79,9 +76,8 @@ struct Inner {
     remote: Option<Remote>,
     queue: expiry::Queue,
     gate: gate::Gate,
-    /// The [`Floor`] as far as it is known.
-    floor_ms: AtomicU64,
-    generation: AtomicU64,
+    /// As far as it is known.
+    floor: Mutex<Floor>,
     clock: Clock,
     position: Mutex<Option<Position>>,
     heard_once: watch::Sender<bool>,
@@ -125,8 +121,7 @@ impl Cache {
             remote,
             queue: expiry::Queue::default(),
             gate: gate::Gate::new(config),
-            floor_ms: AtomicU64::new(0),
-            generation: AtomicU64::new(0),
+            floor: Mutex::default(),
             clock: Clock::new(),
             position: Mutex::new(None),
             heard_once: watch::Sender::new(false),
@@ -157,6 +152,11 @@ impl Cache {
         Some(answer)
     }
 
+    /// Whether [`Cache::get`] would find one of whatever age.
+    pub fn can_answer(&self, key: &Key) -> bool {
+        self.inner.memory.get(key, None).is_some()
+    }
+
     /// The last known entry, fresh or not, if it is young enough to be served at all.
     pub fn get_stale(&self, key: &Key) -> Option<Answer> {
         let stored = self.inner.memory.stale(key, None)?;
@@ -184,7 +184,7 @@ impl Cache {
 
     async fn expire_scope(&self, scope: Scope, budget: Duration) -> Result<(), Undelivered> {
         let inner = &self.inner;
-        if inner.remote.is_none() {
+        if inner.remote.is_none() || matches!(&scope, Scope::Keys(keys) if keys.is_empty()) {
             inner.expire_here(&scope);
             return Ok(());
         }
@@ -296,13 +296,13 @@ impl Inner {
     }
 
     fn floor(&self) -> Floor {
-        Floor { ms: self.floor_ms.load(Ordering::Acquire), generation: self.generation.load(Ordering::Acquire) }
+        *self.floor.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Raises the floor, if this is higher; returns the one before.
-    fn raise(&self, floor: Floor) -> Floor {
-        let ms = self.floor_ms.fetch_max(floor.ms, Ordering::AcqRel);
-        Floor { ms, generation: self.generation.fetch_max(floor.generation, Ordering::AcqRel) }
+    /// Takes note of a floor.
+    fn raise(&self, floor: Floor) {
+        let mut known = self.floor.lock().unwrap_or_else(PoisonError::into_inner);
+        *known = known.and(floor);
     }
 
     fn trusts_redis_with(&self, key: &Key) -> bool {

@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     Answer, Cache, Failure, How, Key, Load,
-    memory::{Flight, Guard, Joined, Memory, Moment, duration},
+    memory::{Flight, Joined, Moment, duration},
 };
 
 /// How often a reader starts over because the flight it joined was overtaken, abandoned, or led by somebody content
@@ -35,10 +35,19 @@ impl Cache {
             }
             let (mut leads, mut waits) = (Vec::new(), Vec::with_capacity(open.len()));
             for index in open.drain(..) {
-                match Wait::join(memory, keys[index], max_age, &mut leads) {
-                    Wait::Ready(answer) => answers[index] = Some(Ok(answer)),
-                    Wait::For { flight, collapsed } => waits.push((index, flight, collapsed)),
-                }
+                let (flight, collapsed) = match memory.join(keys[index], max_age) {
+                    Joined::Ready(answer) => {
+                        answers[index] = Some(Ok(answer));
+                        continue;
+                    }
+                    Joined::Wait(flight) => (flight, true),
+                    Joined::Lead(guard) => {
+                        let flight = guard.flight.clone();
+                        leads.push(guard);
+                        (flight, false)
+                    }
+                };
+                waits.push((index, flight, collapsed));
             }
             self.inner.fly(leads, load);
             // All are under way, so that one after the other takes no longer than the last. Asking again waits for the
@@ -95,26 +104,5 @@ impl Cache {
             }
             Err(failure) => (Err(failure), !landed.overtaken),
         }
-    }
-}
-
-/// A reader's place.
-enum Wait {
-    Ready(Answer),
-    For { flight: Arc<Flight>, collapsed: bool },
-}
-
-impl Wait {
-    fn join(memory: &Arc<Memory>, key: Key, max_age: Option<Duration>, leads: &mut Vec<Guard>) -> Self {
-        let (flight, collapsed) = match memory.join(key, max_age) {
-            Joined::Ready(answer) => return Self::Ready(answer),
-            Joined::Wait(flight) => (flight, true),
-            Joined::Lead(guard) => {
-                let flight = guard.flight.clone();
-                leads.push(guard);
-                (flight, false)
-            }
-        };
-        Self::For { flight, collapsed }
     }
 }

@@ -104,7 +104,7 @@ impl Follower<'_> {
             self.app.counts.expired(keys.len());
             cache.expire_here(&keys);
             let untold = self.untold(keys).await;
-            if untold.is_empty() { Ok(()) } else { cache.expire(&untold, PATIENCE).await }
+            cache.expire(&untold, PATIENCE).await
         };
         self.resumed = resumed;
         let position = self.position.insert(changes.position);

@@ -62,7 +62,7 @@ pub(super) async fn later(app: &App, head: &RequestHead) -> Result<HttpResponse,
 /// Why memory does not answer by itself, if it does not (RFC 9211, section 2.2): the request would not have what it
 /// holds, or it holds nothing usable.
 fn forward(app: &App, keys: &[Key], max_age: Option<Duration>) -> &'static str {
-    let refused = max_age.is_some() && keys.iter().any(|key| app.cache.get(key, None, &app.load).is_some());
+    let refused = max_age.is_some() && keys.iter().any(|key| app.cache.can_answer(key));
     if refused { "request" } else { "miss" }
 }
 

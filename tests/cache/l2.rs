@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
-use product_cache::cache::Level;
-use tokio::time::sleep;
+use product_cache::cache::{Level, Stale};
+use tokio::time::{sleep, timeout};
 
+use super::LOG;
 use crate::support::{
+    PATIENCE, eventually,
     node::{BUDGET, Node, Truth, key, value},
     redis::RedisServer,
 };
@@ -23,6 +25,48 @@ async fn a_new_instance_reads_redis_instead_of_the_database_and_keeps_it_no_long
     assert_eq!(truth.loads(), 1);
     assert!(answer.age() >= Duration::from_millis(1200), "{:?}", answer.age());
     assert!(answer.ttl_s() < 2, "{}", answer.ttl_s());
+}
+
+#[tokio::test]
+async fn leases_that_redis_gave_too_late_for_anybody_are_given_back() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10), (2, 20)]);
+    let settings = [("REDIS_POOL_SIZE", "1"), ("CACHE_LEASE_MS", "600000"), ("CACHE_LEASE_WAIT_MS", "60000")];
+    let settings = [&settings[..], &[("REQUEST_TIMEOUT_MS", "100000")]].concat();
+    let a = Node::hearing(&truth, &redis.url(), &settings).await;
+    let b = Node::hearing(&truth, &redis.url(), &settings).await;
+    let keys = [key(1), key(2)];
+    a.cache.get_or_load(&keys, None, &a.load).await;
+    a.cache.expire(&keys, BUDGET).await.unwrap(); // so that a lease is all that is asked for
+    redis.signal("STOP");
+    assert_eq!(a.read(1).await.how().level, Level::Database);
+    truth.fail(true);
+    assert_eq!(a.read(2).await.how().stale, Some(Stale::DatabaseFailed));
+    truth.fail(false);
+    redis.signal("CONT");
+    b.until_it_hears().await;
+    for id in [1, 2] {
+        timeout(PATIENCE, b.read(id)).await.expect("nobody to wait for");
+    }
+}
+
+#[tokio::test]
+async fn a_floor_ahead_of_redis_clock_is_lowered_so_that_what_is_loaded_counts_again() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let a = Node::hearing(&truth, &redis.url(), &[]).await;
+    let b = Node::hearing(&truth, &redis.url(), &[]).await;
+    // An expiry of everything before Redis' clock was set back by an hour.
+    let ahead = "local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
+      local by, generation = string.match(last[2][2], '^%S+ %S+ %d+ (%d+) (%S+) ')
+      local floor = redis.call('TIME')[1] * 1000 + 3600000
+      redis.call('XADD', KEYS[1], '*', 'n', table.concat({last[1], generation, floor, by + 1, 'another', '*'}, ' '))";
+    redis.command(&["EVAL", ahead, "1", LOG]).await;
+    eventually("one instance's load is enough for the other", async || {
+        let levels = [a.read(1).await.how().level, b.read(1).await.how().level];
+        levels.contains(&Level::Redis).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]

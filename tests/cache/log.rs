@@ -1,7 +1,7 @@
 //! C5 and C6: nothing in the invalidation log is missed, whatever becomes of the log; who cannot hear it trusts what it
 //! has for seconds only.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use futures_util::future::join_all;
 use product_cache::cache::Level;
@@ -15,6 +15,8 @@ use crate::support::{
     proxy::{Fault, Link, Proxy},
     redis::RedisServer,
 };
+
+const ENTRY: &str = "{product-cache}:thing:1";
 
 // ---- C5: nothing is missed --------------------------------------------------------------------------------------
 
@@ -67,6 +69,22 @@ async fn last_notice(redis: &RedisServer) -> (String, String) {
     let last = redis.command(&["XREVRANGE", LOG, "+", "-", "COUNT", "1"]).await;
     let [(id, [_, text])]: [(String, [String; 2]); 1] = redis::from_redis_value(last).unwrap();
     (id, text)
+}
+
+/// Another instance's notice about another key.
+async fn append_foreign(redis: &RedisServer) {
+    let (id, text) = last_notice(redis).await;
+    let parts: Vec<_> = text.splitn(6, ' ').collect();
+    let next = format!("{id} {} {} {} another thing:2", parts[4], parts[2], parts[3]);
+    redis.command(&["XADD", LOG, "*", "n", &next]).await;
+}
+
+async fn dump(redis: &RedisServer, name: &str) -> Vec<u8> {
+    redis::from_redis_value(redis.command(&["DUMP", name]).await).expect("a dump")
+}
+
+async fn restore(redis: &RedisServer, name: &str, dump: &[u8]) {
+    redis.command(&[b"RESTORE", name.as_bytes(), b"0", dump, b"REPLACE"]).await;
 }
 
 #[tokio::test]
@@ -230,7 +248,7 @@ async fn an_older_copy_of_redis_brings_nothing_back() {
 
 #[tokio::test]
 async fn an_own_notice_that_redis_lost_before_anybody_heard_it_is_answered() {
-    for has_heard_before in [true, false] {
+    for (has_heard_before, goes_on) in [(true, false), (true, true), (false, false), (false, true)] {
         let mut redis = RedisServer::start().await;
         let proxy = Proxy::start(redis.port).await;
         let truth = Truth::new(&[(1, 10)]);
@@ -248,6 +266,9 @@ async fn an_own_notice_that_redis_lost_before_anybody_heard_it_is_answered() {
         truth.set(1, 11);
         author.cache.expire(&[key(1)], BUDGET).await.unwrap();
         redis.restart().await; // with what was saved: the old entry fresh, and no notice
+        if goes_on {
+            append_foreign(&redis).await;
+        }
         sleep(Duration::from_secs(1)).await; // what was asked before that is given up
         proxy.set(Fault::None);
         eventually("nobody is given what was expired", async || {
@@ -257,22 +278,53 @@ async fn an_own_notice_that_redis_lost_before_anybody_heard_it_is_answered() {
     }
 }
 
+/// The author's reader of the log is with the new primary already; its expiry, and the answer to that, are with the old one.
+#[tokio::test]
+async fn an_own_notice_acknowledged_by_an_old_primary_after_the_new_one_was_heard_is_answered() {
+    let (old, new) = (RedisServer::start().await, RedisServer::start().await);
+    let proxy = Proxy::start(old.port).await;
+    let truth = Truth::new(&[(1, 10)]);
+    Node::hearing(&truth, &old.url(), &[]).await.value(1).await;
+    let settings = [("REDIS_RESPONSE_TIMEOUT_MS", "10000"), ("REQUEST_TIMEOUT_MS", "60000")];
+    let author = Arc::new(Node::hearing(&truth, &proxy.redis_url(), &settings).await);
+    for name in [LOG, ENTRY] {
+        restore(&new, name, &dump(&old, name).await).await;
+    }
+    proxy.lead_to(new.port);
+    proxy.set_on(Link::Log, Fault::Refuse);
+    sleep(Duration::from_millis(100)).await;
+    proxy.set_on(Link::NotLog, Fault::Stall);
+    truth.set(1, 11);
+    let (before, told) = (last_notice(&old).await.0, author.clone());
+    let expiry = tokio::spawn(async move { told.cache.expire(&[key(1)], BUDGET).await });
+    eventually("the old primary has it", async || (last_notice(&old).await.0 != before).then_some(())).await;
+    sleep(Duration::from_millis(10)).await;
+    append_foreign(&new).await;
+    let last = last_notice(&new).await.0;
+    eventually("the new one is heard", async || {
+        (author.cache.status().log_position.unwrap().to_string() == last).then_some(())
+    })
+    .await;
+    proxy.set(Fault::None);
+    expiry.await.unwrap().unwrap();
+    proxy.set(Fault::Refuse); // the old one is gone
+    sleep(Duration::from_millis(100)).await;
+    proxy.set(Fault::None);
+    eventually("nobody is given what was expired", async || {
+        (Node::hearing(&truth, &new.url(), &[]).await.value(1).await == Some(11)).then_some(())
+    })
+    .await;
+}
+
 /// Two primaries, one after the other in one Redis: what the second one's instances made stale before the first one took the
 /// expiry that is lost says nothing about it.
 #[tokio::test]
 async fn an_own_notice_lost_to_another_primary_is_answered_though_that_one_had_made_everything_stale_before() {
-    const ENTRY: &str = "{product-cache}:thing:1";
     let redis = RedisServer::start().await;
-    let dump = async |name: &str| -> Vec<u8> {
-        redis::from_redis_value(redis.command(&["DUMP", name]).await).expect("a dump")
-    };
-    let restore = async |name: &str, dump: &[u8]| {
-        redis.command(&[b"RESTORE", name.as_bytes(), b"0", dump, b"REPLACE"]).await;
-    };
     let proxy = Proxy::start(redis.port).await;
     let truth = Truth::new(&[(1, 10)]);
     let author = Node::hearing(&truth, &proxy.redis_url(), &[("REDIS_RESPONSE_TIMEOUT_MS", "200")]).await;
-    let first_log = dump(LOG).await;
+    let first_log = dump(&redis, LOG).await;
     proxy.set_on(Link::Log, Fault::Stall);
     // The second primary.
     let other = Node::hearing(&truth, &redis.url(), &[]).await;
@@ -280,18 +332,15 @@ async fn an_own_notice_lost_to_another_primary_is_answered_though_that_one_had_m
     sleep(Duration::from_millis(10)).await; // loaded later than that, by Redis' clock
     assert_eq!(other.value(1).await, Some(10));
     drop(other);
-    let (second_log, entry) = (dump(LOG).await, dump(ENTRY).await);
+    let (second_log, entry) = (dump(&redis, LOG).await, dump(&redis, ENTRY).await);
     // The first one.
-    restore(LOG, &first_log).await;
+    restore(&redis, LOG, &first_log).await;
     truth.set(1, 11);
     author.cache.expire(&[key(1)], BUDGET).await.unwrap();
     // The second one again, and it goes on.
-    restore(LOG, &second_log).await;
-    restore(ENTRY, &entry).await;
-    let (id, text) = last_notice(&redis).await;
-    let parts: Vec<_> = text.splitn(6, ' ').collect();
-    let next = format!("{id} {} {} {} another thing:2", parts[4], parts[2], parts[3]);
-    redis.command(&["XADD", LOG, "*", "n", &next]).await;
+    restore(&redis, LOG, &second_log).await;
+    restore(&redis, ENTRY, &entry).await;
+    append_foreign(&redis).await;
     sleep(Duration::from_secs(2)).await; // what was asked of the log before is given up
     proxy.set(Fault::None);
     eventually("nobody is given what was expired", async || {

@@ -137,6 +137,23 @@ async fn a_load_that_fails_after_an_expiry_keeps_nobody_from_trying_at_once() {
 }
 
 #[tokio::test]
+async fn a_failed_load_of_what_is_fresh_leaves_it_fresh() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    Node::hearing(&truth, &redis.url(), &[]).await.value(1).await;
+    let node = Node::hearing(&truth, &redis.url(), &[]).await;
+    assert_eq!(node.read(1).await.how().level, Level::Redis);
+    truth.fail(true);
+    for _ in 0..5 {
+        let asked = node.cache.get_or_load(&[key(1)], Some(Duration::ZERO), &node.load).await.remove(0).unwrap();
+        assert_eq!((value(&asked), asked.how().stale), (Some(10), Some(Stale::DatabaseFailed)));
+        let answer = node.read(1).await;
+        assert_eq!((value(&answer), answer.how().level, answer.how().stale), (Some(10), Level::Memory, None));
+        assert!(answer.ttl_s() > 0);
+    }
+}
+
+#[tokio::test]
 async fn fail_safe_ends_at_its_maximum_age() {
     let truth = Truth::new(&[(1, 10)]);
     let node = Node::new(&truth, None, &[("CACHE_FAIL_SAFE_MAX_S", "1"), ("CACHE_DURATION_S", "1")]);

@@ -4,7 +4,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -51,6 +51,7 @@ pub struct Proxy {
     pub port: u16,
     orders: Arc<watch::Sender<(Link, Fault)>>,
     requests: Arc<AtomicUsize>,
+    server_port: Arc<AtomicU16>,
     task: AbortHandle,
 }
 
@@ -69,6 +70,8 @@ impl Proxy {
         let new_orders = orders.clone();
         let requests = Arc::new(AtomicUsize::new(0));
         let counted = requests.clone();
+        let server_port = Arc::new(AtomicU16::new(server_port));
+        let server = server_port.clone();
         let task = tokio::spawn(async move {
             loop {
                 let Ok((client, _)) = listener.accept().await else { continue };
@@ -76,14 +79,14 @@ impl Proxy {
                 if *orders.borrow() != (Link::Every, Fault::Refuse) {
                     tokio::spawn(carry(
                         client,
-                        SocketAddr::from(([127, 0, 0, 1], server_port)),
+                        SocketAddr::from(([127, 0, 0, 1], server.load(Ordering::SeqCst))),
                         orders,
                         counted.clone(),
                     ));
                 }
             }
         });
-        Self { port, orders, requests, task: task.abort_handle() }
+        Self { port, orders, requests, server_port, task: task.abort_handle() }
     }
 
     pub fn set(&self, fault: Fault) {
@@ -92,6 +95,11 @@ impl Proxy {
 
     pub fn set_on(&self, link: Link, fault: Fault) {
         self.orders.send_replace((link, fault));
+    }
+
+    /// Where connections that are made from now on lead.
+    pub fn lead_to(&self, server_port: u16) {
+        self.server_port.store(server_port, Ordering::SeqCst);
     }
 
     /// How many pieces clients have sent so far; each of them waits for an answer before the next.

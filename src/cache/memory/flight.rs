@@ -5,9 +5,10 @@ use std::{sync::OnceLock, time::Duration};
 use tokio::sync::Notify;
 
 use super::{
-    super::{Answer, Failure},
+    super::{Answer, Entry, Failure},
     Moment, Stored,
-    primitives::atomic::{AtomicBool, Ordering},
+    primitives::atomic::{AtomicBool, AtomicI64, Ordering},
+    stored::{Life, Times, span},
 };
 
 /// What a flight ends with. Every reader gets a clone.
@@ -43,6 +44,21 @@ pub(in crate::cache) struct Flight {
 }
 
 impl Flight {
+    /// What this flight found, to be stored; its load took `took`.
+    pub(in crate::cache) fn brings(&self, entry: &Entry, times: Times, took: Duration) -> Stored {
+        let life = Life {
+            born: times.born,
+            fresh_until: times.fresh_until,
+            known: times.known,
+            took: span(took),
+            epoch: self.epoch,
+            expired: AtomicBool::new(false),
+            retry_at: AtomicI64::new(Moment::MIN),
+            slow: AtomicBool::new(false),
+        };
+        Stored::new(life, entry)
+    }
+
     /// Offers a copy that merely grew old to readers whose patience ends.
     pub(in crate::cache) fn offer(&self, old: Stored) {
         let _ = self.old.set(old);

@@ -36,6 +36,14 @@ pub(in crate::cache) struct Life {
     pub(super) slow: AtomicBool,
 }
 
+/// The times that differ from one way of loading to the other; see [`Life`].
+#[derive(Clone, Copy)]
+pub(in crate::cache) struct Times {
+    pub(in crate::cache) born: Moment,
+    pub(in crate::cache) known: Moment,
+    pub(in crate::cache) fresh_until: Moment,
+}
+
 impl Stored {
     pub(super) fn new(life: Life, entry: &Entry) -> Self {
         Self(ThinArc::from_header_and_slice(life, entry.packed()))
