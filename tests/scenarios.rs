@@ -153,7 +153,6 @@ async fn what_is_left_of_an_entrys_life_in_redis_is_not_extended_in_memory() {
         let left = Duration::from_secs(ttl.parse().unwrap());
         let whole = Duration::from_secs(60);
         assert!(left + least_age <= whole && left + most_age >= whole, "{least_age:?}: {}", status(&reply));
-        assert!(reply.header("age").parse::<u64>().unwrap() >= least_age.as_secs(), "{}", reply.header("age"));
     }
 }
 

@@ -51,7 +51,6 @@ pub fn found(body: Bytes) -> HttpResponse {
         .insert_header((header::ETAG, HeaderValue::from_static("\"9be5298e1ab87d78c17fd6d885b117b9\"")))
         .insert_header((header::LAST_MODIFIED, HeaderValue::from_static("Tue, 11 Mar 2008 10:01:36 GMT")))
         .insert_header((header::CACHE_CONTROL, HeaderValue::from_static("private, no-cache")))
-        .insert_header((header::AGE, HeaderValue::from_static("10")))
         .insert_header((HeaderName::from_static("cache-status"), HeaderValue::from_static("L1; hit; ttl=3500")))
         .body(body)
 }

@@ -29,6 +29,35 @@ pub enum Level {
     Database,
 }
 
+/// What Redis said about what memory did not answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InRedis {
+    /// Nothing: it was not asked, or did not say.
+    Unknown,
+    /// It had it, fresh for so many seconds more.
+    Fresh {
+        /// Whole seconds.
+        ttl_s: u64,
+    },
+    /// It had it fresh, but older than the reader would take it.
+    TooOld,
+    /// It had a stale copy.
+    Stale,
+    /// It had none.
+    Absent,
+}
+
+/// What memory has of a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum InMemory {
+    /// No entry.
+    Nothing,
+    /// One that answers nobody before it has been asked for anew.
+    Stale,
+    /// One that answers whoever takes it at its age.
+    Usable,
+}
+
 /// Why an answer is stale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stale {
@@ -43,6 +72,8 @@ pub enum Stale {
 pub struct How {
     /// Where it was found.
     pub level: Level,
+    /// What Redis said, if this reader's flight asked it.
+    pub redis: InRedis,
     /// The reader waited for a load that another reader had begun.
     pub collapsed: bool,
     /// It was put into memory on the way.
@@ -56,7 +87,7 @@ impl How {
     pub const MEMORY: Self = Self::hit(Level::Memory);
 
     pub(super) const fn hit(level: Level) -> Self {
-        Self { level, collapsed: false, stored: false, stale: None }
+        Self { level, redis: InRedis::Unknown, collapsed: false, stored: false, stale: None }
     }
 
     pub(super) fn stale(why: Stale) -> Self {
@@ -71,13 +102,11 @@ pub struct Answer {
     pub(super) how: How,
     /// When it was given.
     pub(super) at: Moment,
+    /// When it was last known to be right.
+    pub(super) right_at: Moment,
 }
 
 impl Answer {
-    pub(super) fn new(stored: Stored, how: How, at: Moment) -> Self {
-        Self { stored, how, at }
-    }
-
     /// The entry; its bytes stay where they are.
     pub fn entry(&self) -> Entry {
         self.stored.entry()
@@ -91,6 +120,11 @@ impl Answer {
     /// Time since its load from the database began.
     pub fn age(&self) -> Duration {
         duration(self.at.saturating_sub(self.stored.born))
+    }
+
+    /// Time since it was last known to be right: read from the database, or not among the changes heard up to then.
+    pub fn unverified_for(&self) -> Duration {
+        duration(self.at.saturating_sub(self.right_at))
     }
 
     /// Seconds for which it is still fresh; not positive for a stale one.

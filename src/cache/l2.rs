@@ -11,7 +11,7 @@ use bytes::Bytes;
 
 use redis::{Cmd, Value};
 
-use super::{Key, entry, log::Floor};
+use super::{InRedis, Key, entry, log::Floor};
 use crate::{
     config,
     redis::{Error, Redis, Script},
@@ -35,13 +35,14 @@ if b ~= '' and fresh_until and now < fresh_until and above and (max_age < 0 or a
   return {'fresh', age, fresh_until - now, took, b}
 end
 local stale = want_stale == '1' and b or ''
-local only_old = fresh_until and above and 1 or 0
+-- 0: expired, or none; 1: merely old; 2: fresh, but too old for the reader.
+local state = fresh_until and above and (now < fresh_until and 2 or 1) or 0
 -- A lease taken more than a second in the future: the clock was set back since, and it would outlast its term.
 local given = tonumber(string.sub(v[5] or '', 1, 14)) or now
-if v[3] and now < tonumber(v[4]) and given <= now + 1000 then return {'leased', age, only_old, took, stale} end
+if v[3] and now < tonumber(v[4]) and given <= now + 1000 then return {'leased', age, state, took, stale} end
 redis.call('HSET', KEYS[1], 't', token, 'u', now + lease, 'a', string.format('%014d%010d', now, known))
 if redis.call('PTTL', KEYS[1]) < lease then redis.call('PEXPIRE', KEYS[1], lease) end
-return {'yours', age, only_old, took, stale}
+return {'yours', age, state, took, stale}
 ";
 
 /// Stores an envelope if the caller's lease is still the current one.
@@ -97,9 +98,9 @@ pub(super) enum Read {
     /// Usable.
     Fresh(CachedCopy),
     /// Another instance is loading it.
-    Leased(Option<CachedCopy>),
+    Leased(Option<CachedCopy>, InRedis),
     /// The caller is to load it.
-    Yours(Option<CachedCopy>),
+    Yours(Option<CachedCopy>, InRedis),
     /// What is under this name is none of ours: the caller is to load it, and cannot store it.
     Unusable,
 }
@@ -220,7 +221,7 @@ impl L2 {
             let again = self.try_read_or_lease(&keys, &tokens, max_age, floor, stale_copies).await?;
             damaged.into_iter().zip(again).for_each(|(index, read)| reads[index] = read);
         }
-        Ok(reads.into_iter().map(|read| read.unwrap_or(Read::Leased(None))).collect())
+        Ok(reads.into_iter().map(|read| read.unwrap_or(Read::Leased(None, InRedis::Unknown))).collect())
     }
 
     /// `None` for a key whose fresh envelope is damaged or of another version.
@@ -359,11 +360,16 @@ fn read(key: &Key, reply: Value) -> Option<Read> {
         age: Duration::from_millis(age_ms),
         left: Duration::from_millis(if fresh { left_ms } else { 0 }),
         took: Duration::from_millis(took_ms),
-        only_old: !fresh && left_ms == 1,
+        only_old: !fresh && left_ms > 0,
     });
+    let held = match (left_ms, &copy) {
+        (2, _) => InRedis::TooOld,
+        (1, _) | (_, Some(_)) => InRedis::Stale,
+        (_, None) => InRedis::Absent,
+    };
     match state.as_str() {
         "fresh" => copy.map(Read::Fresh),
-        "yours" => Some(Read::Yours(copy)),
-        _ => Some(Read::Leased(copy)),
+        "yours" => Some(Read::Yours(copy, held)),
+        _ => Some(Read::Leased(copy, held)),
     }
 }

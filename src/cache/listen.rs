@@ -88,7 +88,7 @@ pub(super) async fn listen(cache: Arc<Inner>) {
             cache.memory.heard(Source::Log, sent);
             cache.heard_once.send_if_modified(|heard| !mem::replace(heard, true));
             if mem::take(&mut deaf) {
-                tracing::info!("redis: the log is heard again");
+                tracing::info!("the invalidation log is heard again");
             }
         }
         let position = reader.position();

@@ -14,7 +14,7 @@ use futures_util::{
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{
-    Entry, Failure, How, Inner, Key, Level, Load,
+    Entry, Failure, How, InRedis, Inner, Key, Level, Load,
     gate::Outcome,
     l2::{CachedCopy, Fill, Filled, L2, Leases, Read, Seen, StaleCopies, Token},
     memory::{Guard, Moment, Purpose, Stored, Times, duration, span},
@@ -37,13 +37,15 @@ struct Pending {
     /// A lease that Redis was asked for and did not tell about: it may have been given.
     asked_for: Option<Token>,
     stale: Option<Stored>,
+    /// What Redis said about it.
+    redis: InRedis,
     /// Redis was asked already and did not answer.
     past_redis: bool,
 }
 
 impl From<Guard> for Pending {
     fn from(guard: Guard) -> Self {
-        Self { guard, token: None, asked_for: None, stale: None, past_redis: false }
+        Self { guard, token: None, asked_for: None, stale: None, redis: InRedis::Unknown, past_redis: false }
     }
 }
 
@@ -103,7 +105,7 @@ fn land_copy(cache: &Inner, guard: Guard, copy: CachedCopy, sent: Moment) {
     let fresh = copy.left.min(duration_of(&copy.entry, cache.config.l1_duration, cache));
     let times = Times { born, known: cache.memory.known(born, sent), fresh_until: sent.saturating_add(span(fresh)) };
     let stored = guard.flight.brings(&copy.entry, times, copy.took);
-    guard.land(stored, How::hit(Level::Redis));
+    guard.land(stored, How { redis: InRedis::Fresh { ttl_s: copy.left.as_secs() }, ..How::hit(Level::Redis) });
 }
 
 async fn lease_and_load(cache: Arc<Inner>, flights: Vec<Pending>, load: Load) {
@@ -151,13 +153,18 @@ async fn read_or_lease(
         };
         match read {
             Read::Fresh(copy) => land_copy(cache, pending.guard, copy, sent),
-            Read::Yours(stale) => {
+            Read::Yours(stale, held) => {
+                pending.redis = held;
                 pending.token = Some(token);
                 keep(&mut pending, stale);
                 ours.push(pending);
             }
-            Read::Unusable => ours.push(pending),
-            Read::Leased(stale) => {
+            Read::Unusable => {
+                pending.redis = InRedis::Absent;
+                ours.push(pending);
+            }
+            Read::Leased(stale, held) => {
+                pending.redis = held;
                 keep(&mut pending, stale);
                 theirs.push(pending);
             }
@@ -285,7 +292,7 @@ async fn fill_all(cache: &Arc<Inner>, loaded: Vec<(Pending, Entry)>, born: i64) 
         let known = if filled == Filled::Stored { cache.memory.known(born, sent) } else { born };
         let times = Times { born, known, fresh_until: cache.memory.now().saturating_add(span(fresh)) };
         let stored = pending.guard.flight.brings(&entry, times, took);
-        let how = How::hit(Level::Database);
+        let how = How { redis: pending.redis, ..How::hit(Level::Database) };
         match filled {
             Filled::Revoked => pending.guard.land_overtaken(stored, how),
             Filled::Stored | Filled::Unknown => pending.guard.land(stored, how),

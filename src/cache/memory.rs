@@ -35,7 +35,7 @@ pub(super) use self::{
     flight::{Flight, Purpose},
     stored::{Moment, Stored, Times, duration, span},
 };
-use super::{Answer, Entry, Failure, How, Key, Level, Stale};
+use super::{Answer, Entry, Failure, How, Key, Stale};
 use crate::config;
 
 /// Locks for the flights: far more than threads, so that two keys rarely meet.
@@ -144,14 +144,24 @@ impl Memory {
         let now = self.now();
         if self.is_fresh(&stored, now) {
             let young = max_age.is_none_or(|max_age| now.saturating_sub(stored.born) < span(max_age));
-            return young.then(|| Answer::new(stored, How::hit(Level::Memory), now));
+            return young.then(|| self.answer(stored, How::MEMORY, now));
         }
         // Who wants it young wants to have it asked for.
         let left_alone = max_age.is_none() && self.is_left_alone(&stored, now) && self.may_serve_stale(&stored, now);
         left_alone.then(|| {
             let why = if stored.slow.load(Ordering::Relaxed) { Stale::DatabaseSlow } else { Stale::DatabaseFailed };
-            Answer::new(stored, How::stale(why), now)
+            self.answer(stored, How::stale(why), now)
         })
+    }
+
+    pub(super) fn answer(&self, stored: Stored, how: How, at: Moment) -> Answer {
+        let heard = self.heard_everywhere();
+        let right_at = match how.stale {
+            Some(_) => stored.born,
+            None if heard == NOT_NEEDED => stored.known,
+            None => stored.known.max(heard),
+        };
+        Answer { stored, how, at, right_at }
     }
 
     /// Whether there is an entry, fresh or not.
@@ -209,7 +219,7 @@ impl Memory {
         };
         stored.slow.store(true, Ordering::Relaxed);
         stored.retry_at.store(now.saturating_add(self.throttle), Ordering::Relaxed);
-        Some(Answer::new(stored, How::stale(Stale::DatabaseSlow), now))
+        Some(self.answer(stored, How::stale(Stale::DatabaseSlow), now))
     }
 
     /// Whether no attempt to load is made for now. An expiry ends that, of the key or of everything.
@@ -218,10 +228,15 @@ impl Memory {
         now < retry_at && retry_at.saturating_sub(self.throttle) > self.raised.load(Ordering::Acquire)
     }
 
+    /// Up to when expiries have been heard from all their sources; [`NOT_NEEDED`] if there are none.
+    fn heard_everywhere(&self) -> Moment {
+        let [log, feed] = &self.heard;
+        log.load(Ordering::Acquire).min(feed.load(Ordering::Acquire))
+    }
+
     fn is_fresh(&self, stored: &Life, now: Moment) -> bool {
         // C6: known to be right when it was read, and as of the last time that expiries were heard.
-        let [log, feed] = &self.heard;
-        let heard = log.load(Ordering::Acquire).min(feed.load(Ordering::Acquire));
+        let heard = self.heard_everywhere();
         !stored.expired.load(Ordering::Acquire)
             && now < stored.fresh_until
             && stored.epoch == self.epoch.load(Ordering::Acquire)
@@ -340,14 +355,14 @@ impl Guard {
             self.memory.entries.insert(self.key, stored.clone());
         }
         drop(flights);
-        let answer = Answer::new(stored, How { stored: kept, ..how }, self.memory.now());
+        let answer = self.memory.answer(stored, How { stored: kept, ..how }, self.memory.now());
         self.flight.land(Ok(answer), overtaken);
     }
 
     /// Ends the flight with an entry that may be older than an expiry, which others know of.
     pub(super) fn land_overtaken(self, stored: Stored, how: How) {
         self.leave(&mut self.memory.flights(&self.key));
-        let answer = Answer::new(stored, how, self.memory.now());
+        let answer = self.memory.answer(stored, how, self.memory.now());
         self.flight.land(Ok(answer), true);
     }
 
@@ -364,7 +379,7 @@ impl Guard {
                     stored.retry_at.store(now.saturating_add(self.memory.throttle), Ordering::Relaxed);
                     self.memory.entries.insert(self.key, stored.clone());
                 }
-                Ok(Answer::new(stored, How::stale(Stale::DatabaseFailed), now))
+                Ok(self.memory.answer(stored, How::stale(Stale::DatabaseFailed), now))
             }
         };
         drop(flights);

@@ -28,7 +28,7 @@ use std::{
 use tokio::{runtime::Handle, sync::watch};
 
 pub use self::{
-    answer::{Answer, Failure, How, Level, Stale},
+    answer::{Answer, Failure, How, InMemory, InRedis, Level, Stale},
     entry::Entry,
     key::Key,
     log::Position,
@@ -152,15 +152,19 @@ impl Cache {
         Some(answer)
     }
 
-    /// Whether [`Cache::get`] would find one of whatever age.
-    pub fn can_answer(&self, key: &Key) -> bool {
-        self.inner.memory.get(key, None).is_some()
+    /// What memory has of this key.
+    pub fn held(&self, key: &Key) -> InMemory {
+        match self.inner.memory.get(key, None) {
+            Some(_) => InMemory::Usable,
+            None if self.inner.memory.holds(key) => InMemory::Stale,
+            None => InMemory::Nothing,
+        }
     }
 
     /// The last known entry, fresh or not, if it is young enough to be served at all.
     pub fn get_stale(&self, key: &Key) -> Option<Answer> {
         let stored = self.inner.memory.stale(key, None)?;
-        Some(Answer::new(stored, How::stale(Stale::DatabaseFailed), self.inner.memory.now()))
+        Some(self.inner.memory.answer(stored, How::stale(Stale::DatabaseFailed), self.inner.memory.now()))
     }
 
     /// Makes these keys stale here at once, then in Redis and on every other instance.

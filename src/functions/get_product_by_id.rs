@@ -17,7 +17,7 @@ use bytes::{Bytes, BytesMut};
 use self::request::{Asked, Wanted, max_age};
 use super::{App, error::Error};
 use crate::{
-    cache::{Answer, Entry, Failure, How, Key, Level, Stale, entry::etag},
+    cache::{Answer, Entry, Failure, How, InMemory, InRedis, Key, Level, Stale, entry::etag},
     product::{self, ProductId},
 };
 
@@ -62,8 +62,11 @@ pub(super) async fn later(app: &App, head: &RequestHead) -> Result<HttpResponse,
 /// Why memory does not answer by itself, if it does not (RFC 9211, section 2.2): the request would not have what it
 /// holds, or it holds nothing usable.
 fn forward(app: &App, keys: &[Key], max_age: Option<Duration>) -> &'static str {
-    let refused = max_age.is_some() && keys.iter().any(|key| app.cache.can_answer(key));
-    if refused { "request" } else { "miss" }
+    match keys.iter().map(|key| app.cache.held(key)).max() {
+        Some(InMemory::Usable) if max_age.is_some() => "request",
+        Some(InMemory::Stale) => "stale",
+        _ => "miss",
+    }
 }
 
 fn key(id: ProductId) -> Key {
@@ -85,30 +88,22 @@ async fn load(app: &App, keys: &[Key], max_age: Option<Duration>) -> Vec<Result<
 }
 
 fn one(app: &App, head: &RequestHead, id: ProductId, answer: &Answer, forward: &str) -> Result<HttpResponse, Error> {
-    let (ttl_s, age_s) = (answer.ttl_s(), answer.age().as_secs());
-    let status = cache_status(app, answer, ttl_s, forward, "");
-    let entry = answer.entry();
-    let mut response = match &entry {
-        Entry::Absent => {
-            let mut response =
-                Error::NotFound(format!("there is no product {}", id.number())).response(super::invocation_id(head));
-            response.headers_mut().insert(header::AGE, HeaderValue::from(age_s));
-            response.headers_mut().insert(CACHE_STATUS, status);
-            return Ok(response);
-        }
-        Entry::Found(body) => match Wanted::of(&head.headers, body.etag()) {
-            Wanted::Content => ok(body.share(body.bytes()), body.share(body.etag())),
-            Wanted::NotAgain => not_modified(body.share(body.etag())),
-            Wanted::Another => return Err(Error::PreconditionFailed),
-        },
+    let (entry, age_s) = (answer.entry(), answer.unverified_for().as_secs());
+    let status = cache_status(answer, answer.ttl_s(), forward, "");
+    let Entry::Found(body) = &entry else {
+        let absent = Error::NotFound(format!("there is no product {}", id.number()));
+        return Ok(with_status(absent.response(super::invocation_id(head)), status, age_s));
     };
-    let headers = response.headers_mut();
-    if let Entry::Found(body) = &entry
-        && let Some(date) = body.last_modified()
-    {
-        headers.insert(header::LAST_MODIFIED, shared_value(body.share(date)));
+    let mut response = match Wanted::of(&head.headers, body.etag()) {
+        Wanted::Content => ok(body.share(body.bytes()), body.share(body.etag())),
+        Wanted::NotAgain => not_modified(body.share(body.etag())),
+        Wanted::Another => return Err(Error::PreconditionFailed),
+    };
+    if let Some(date) = body.last_modified() {
+        response.headers_mut().insert(header::LAST_MODIFIED, shared_value(body.share(date)));
     }
-    Ok(finish(app, response, status, age_s))
+    response.headers_mut().insert(header::CACHE_CONTROL, app.cache_control.clone());
+    Ok(with_status(response, status, age_s))
 }
 
 fn many(app: &App, head: &RequestHead, answers: &[Answer], forward: &str) -> Result<HttpResponse, Error> {
@@ -130,18 +125,19 @@ fn many(app: &App, head: &RequestHead, answers: &[Answer], forward: &str) -> Res
     // The whole is as fresh as its stalest part and came from as far as its farthest.
     let farthest = answers.iter().max_by_key(|answer| (answer.how().stale.is_some(), answer.how().level));
     let ttl_s = answers.iter().map(Answer::ttl_s).min().unwrap_or(0);
-    let age_s = answers.iter().map(|answer| answer.age().as_secs()).max().unwrap_or(0);
+    let age_s = answers.iter().map(|answer| answer.unverified_for().as_secs()).max().unwrap_or(0);
     let count = |level| answers.iter().filter(|answer| answer.how().level == level).count();
     let parts =
         format!("memory {}, redis {}, database {}", count(Level::Memory), count(Level::Redis), count(Level::Database));
-    let status = farthest
-        .map_or(HeaderValue::from_static("L1; hit"), |answer| cache_status(app, answer, ttl_s, forward, &parts));
-    let response = match Wanted::of(&head.headers, &etag) {
+    let status =
+        farthest.map_or(HeaderValue::from_static("L1; hit"), |answer| cache_status(answer, ttl_s, forward, &parts));
+    let mut response = match Wanted::of(&head.headers, &etag) {
         Wanted::Content => ok(body.freeze(), etag),
         Wanted::NotAgain => not_modified(etag),
         Wanted::Another => return Err(Error::PreconditionFailed),
     };
-    Ok(finish(app, response, status, age_s))
+    response.headers_mut().insert(header::CACHE_CONTROL, app.cache_control.clone());
+    Ok(with_status(response, status, age_s))
 }
 
 fn ok(body: Bytes, etag: Bytes) -> HttpResponse {
@@ -155,10 +151,12 @@ fn not_modified(etag: Bytes) -> HttpResponse {
     HttpResponse::NotModified().insert_header((header::ETAG, shared_value(etag))).finish()
 }
 
-fn finish(app: &App, mut response: HttpResponse, cache_status: HeaderValue, age_s: u64) -> HttpResponse {
+/// Adds who answered and, if it may have been for a second or more, since when the answer was not known to be right.
+fn with_status(mut response: HttpResponse, cache_status: HeaderValue, age_s: u64) -> HttpResponse {
     let headers = response.headers_mut();
-    headers.insert(header::CACHE_CONTROL, app.cache_control.clone());
-    headers.insert(header::AGE, short_value(&[itoa::Buffer::new().format(age_s)]));
+    if age_s > 0 {
+        headers.insert(header::AGE, short_value(&[itoa::Buffer::new().format(age_s)]));
+    }
     headers.insert(CACHE_STATUS, cache_status);
     response
 }
@@ -179,7 +177,7 @@ fn shared_value(text: Bytes) -> HeaderValue {
 }
 
 /// `Cache-Status` (RFC 9211): caches from the database's side to the client's, `L2` being Redis and `L1` memory.
-fn cache_status(app: &App, answer: &Answer, ttl_s: i64, forward: &str, parts: &str) -> HeaderValue {
+fn cache_status(answer: &Answer, ttl_s: i64, forward: &str, parts: &str) -> HeaderValue {
     let how = answer.how();
     if how == How::MEMORY && parts.is_empty() {
         return short_value(&["L1; hit; ttl=", itoa::Buffer::new().format(ttl_s)]);
@@ -192,9 +190,19 @@ fn cache_status(app: &App, answer: &Answer, ttl_s: i64, forward: &str, parts: &s
     };
     let _ = match (how.level, how.stale) {
         (Level::Memory, None) | (_, Some(_)) => write!(status, "L1; hit; ttl={ttl_s}"),
-        (Level::Redis, None) => write!(status, "L2; hit; ttl={ttl_s}, L1; fwd={forward}"),
-        (Level::Database, None) if app.config.redis.is_some() => write!(status, "L2; fwd={forward}, L1; fwd={forward}"),
-        (Level::Database, None) => write!(status, "L1; fwd={forward}"),
+        (Level::Redis | Level::Database, None) => {
+            status.push_str(match how.redis {
+                InRedis::Unknown => "",
+                InRedis::Fresh { .. } => "L2; hit",
+                InRedis::TooOld => "L2; fwd=request, ",
+                InRedis::Stale => "L2; fwd=stale, ",
+                InRedis::Absent => "L2; fwd=miss, ",
+            });
+            if let InRedis::Fresh { ttl_s } = how.redis {
+                let _ = write!(status, "; ttl={ttl_s}, ");
+            }
+            write!(status, "L1; fwd={forward}")
+        }
     };
     if how.stored {
         status.push_str("; stored");

@@ -16,7 +16,7 @@ use crate::support::{
 async fn a_new_instance_reads_redis_instead_of_the_database_and_keeps_it_no_longer_than_redis() {
     let redis = RedisServer::start().await;
     let truth = Truth::new(&[(1, 10)]);
-    let old = Node::hearing(&truth, &redis.url(), &[("CACHE_DURATION_S", "3")]).await;
+    let old = Node::hearing(&truth, &redis.url(), &[("CACHE_DURATION_S", "60")]).await;
     old.value(1).await;
     sleep(Duration::from_millis(1200)).await; // its age is what is tested
     let new = Node::hearing(&truth, &redis.url(), &[("CACHE_DURATION_S", "300")]).await;
@@ -24,7 +24,7 @@ async fn a_new_instance_reads_redis_instead_of_the_database_and_keeps_it_no_long
     assert_eq!(answer.how().level, Level::Redis);
     assert_eq!(truth.loads(), 1);
     assert!(answer.age() >= Duration::from_millis(1200), "{:?}", answer.age());
-    assert!(answer.ttl_s() < 2, "{}", answer.ttl_s());
+    assert!(answer.ttl_s() < 59, "{}", answer.ttl_s());
 }
 
 #[tokio::test]

@@ -19,7 +19,7 @@ use shuttle::{
 
 use super::*;
 use crate::{
-    cache::{Cache, Feed, Load, entry::Body},
+    cache::{Cache, Feed, Level, Load, entry::Body},
     foreground::Foreground,
 };
 
@@ -344,7 +344,9 @@ fn a_reader_out_of_patience_gets_what_is_old_but_never_what_was_expired() {
             world.check(0, floor, &answer);
         }
         if let Some(guard) = lead {
-            let loaded = memory.stored(&entry(world.row(0)), [memory.now(); 3], Duration::ZERO, &flight);
+            let now = memory.now();
+            let times = Times { born: now, known: now, fresh_until: now };
+            let loaded = flight.brings(&entry(world.row(0)), times, Duration::ZERO);
             guard.land(loaded, How::hit(Level::Database));
         }
     }
@@ -378,8 +380,9 @@ fn an_abandoned_flight_wakes_its_readers_and_one_of_them_leads() {
                     drop(guard);
                 }
                 Some(guard) => {
-                    let life = [memory.now(), memory.now(), memory.now() + span(LONG)];
-                    let loaded = memory.stored(&entry(world.row(0)), life, Duration::ZERO, &flight);
+                    let now = memory.now();
+                    let times = Times { born: now, known: now, fresh_until: now + span(LONG) };
+                    let loaded = flight.brings(&entry(world.row(0)), times, Duration::ZERO);
                     guard.land(loaded, How::hit(Level::Database));
                 }
                 None => {}
