@@ -93,7 +93,7 @@ fn serve() -> ExitCode {
 async fn run(config: Config) -> ExitCode {
     let (role, http) = (config.role, config.http.clone());
     let redis = config.redis.is_some();
-    let stop = stop_signal();
+    let mut stop = StopSignals::listen();
     let app = match App::start(config, &Handle::current()) {
         Ok(app) => app,
         Err(error) => {
@@ -128,16 +128,28 @@ async fn run(config: Config) -> ExitCode {
     let handle = server.handle();
     let changes = app.follow_changes();
     tokio::spawn(announce(app.clone(), role, port, http.route_prefix, redis));
-    tokio::spawn(async move {
-        let name = stop.await;
+    let cut_short = async {
+        let name = stop.next().await;
         tracing::info!("{name}: finishing requests in flight");
-        handle.stop(true).await;
-    });
-    if let Err(error) = server.await {
-        tracing::error!(%error, "the server failed");
-        return CANNOT_SERVE.into();
+        tokio::select! {
+            biased;
+            () = handle.stop(true) => {}
+            name = stop.next() => return tracing::warn!("{name} again: requests in flight are cut off"),
+            () = tokio::time::sleep(http.drain) => {
+                tracing::warn!(seconds = http.drain.as_secs(), "requests still in flight are cut off");
+            }
+        }
+        std::future::pending().await // for the server to end
+    };
+    tokio::select! {
+        ended = server => if let Err(error) = ended {
+            tracing::error!(%error, "the server failed");
+            return CANNOT_SERVE.into();
+        },
+        () = cut_short => {}
     }
     drop(changes);
+    app.settle().await;
     app.database().close().await;
     match role {
         Role::Standalone => ExitCode::SUCCESS,
@@ -169,16 +181,21 @@ async fn announce(app: Arc<App>, role: Role, port: u16, prefix: String, redis: b
     );
 }
 
-/// The signal that asks it to stop. Listened for from this call on, which comes before the port is bound: whoever has
-/// had an answer may ask.
+/// The signals that ask it to stop.
 #[cfg(unix)]
-fn stop_signal() -> impl Future<Output = &'static str> {
-    use signal::unix::{SignalKind, signal};
-    let (terminate, interrupt) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
-    async {
-        let (Ok(mut terminate), Ok(mut interrupt)) = (terminate, interrupt) else {
-            return std::future::pending().await;
-        };
+struct StopSignals(Option<[signal::unix::Signal; 2]>);
+
+#[cfg(unix)]
+impl StopSignals {
+    /// Listens for them from this call on, which comes before the port is bound: whoever has had an answer may ask.
+    fn listen() -> Self {
+        use signal::unix::{SignalKind, signal};
+        let (terminate, interrupt) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+        Self(terminate.ok().zip(interrupt.ok()).map(<[_; 2]>::from))
+    }
+
+    async fn next(&mut self) -> &'static str {
+        let Some([terminate, interrupt]) = &mut self.0 else { return std::future::pending().await };
         tokio::select! {
             _ = terminate.recv() => "SIGTERM",
             _ = interrupt.recv() => "Ctrl-C",
@@ -187,7 +204,16 @@ fn stop_signal() -> impl Future<Output = &'static str> {
 }
 
 #[cfg(not(unix))]
-async fn stop_signal() -> &'static str {
-    let _ = signal::ctrl_c().await;
-    "Ctrl-C"
+struct StopSignals;
+
+#[cfg(not(unix))]
+impl StopSignals {
+    fn listen() -> Self {
+        Self
+    }
+
+    async fn next(&mut self) -> &'static str {
+        let _ = signal::ctrl_c().await;
+        "Ctrl-C"
+    }
 }

@@ -99,6 +99,11 @@ impl Queue {
         let _ = self.delivered.subscribe().wait_for(|delivered| *delivered >= number).await;
     }
 
+    /// Waits until nothing is left.
+    pub(super) async fn emptied(&self) {
+        let _ = self.delivered.subscribe().wait_for(|_| self.len() == (0, false)).await;
+    }
+
     /// Whether Redis may still hold as fresh what this instance knows to be expired.
     pub(super) fn has(&self, key: &Key) -> bool {
         self.state().has(key)

@@ -203,6 +203,11 @@ impl Cache {
         self.inner.queue.len() == (0, false)
     }
 
+    /// Waits until Redis has been told of every expiry.
+    pub async fn settled(&self) {
+        self.inner.queue.emptied().await;
+    }
+
     /// How far a feed has been told, as an instance left it for others and for those to come. `Ok(None)`: nobody has, or
     /// there is no Redis to keep it in.
     pub async fn checkpoint(&self, name: &str) -> Result<Option<String>, crate::redis::Error> {

@@ -30,8 +30,11 @@ pub enum Error {
     #[error("the product is another version than If-Match names")]
     PreconditionFailed,
     /// Send less.
-    #[error("the body is larger than {0} bytes")]
+    #[error("the body is larger than INVALIDATE_MAX_BODY_BYTES, {0} bytes")]
     TooLarge(usize),
+    /// Send it faster.
+    #[error("the body did not come within INVALIDATE_BUDGET_MS")]
+    TooSlow,
     /// Try again later.
     #[error("{0}")]
     Unavailable(&'static str),
@@ -64,6 +67,7 @@ impl Error {
             Self::MethodNotAllowed(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::PreconditionFailed => StatusCode::PRECONDITION_FAILED,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::TooSlow => StatusCode::REQUEST_TIMEOUT,
             Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Broken(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }

@@ -9,6 +9,7 @@ use actix_web::{
 };
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
+use tokio::time::Instant;
 
 use super::{
     App,
@@ -22,20 +23,21 @@ const BINDING: &str = "changes";
 /// Bodies above this are decoded away from the request threads: 64 KiB take about 0.3 ms.
 const SMALL_BODY: usize = 64 * 1024;
 
-/// Answers POST.
+/// Answers POST. The host tells nobody what it was refused for, so the log does.
 pub(super) async fn handle(app: &App, head: &RequestHead, payload: Payload) -> Result<HttpResponse, Error> {
-    let (budget, limit) = (app.config.invalidate.budget, app.config.invalidate.max_body_bytes);
-    let body = tokio::time::timeout(budget, read_body(head, payload, limit)).await;
-    let body = body.unwrap_or_else(|_| Err(Error::BadRequest("the body did not come in time".to_owned())))?;
-    let changes = decode(app, body).await.inspect_err(|error| tracing::error!(%error, "InvalidateCache: refused"))?;
+    let answer = invalidate(app, head, payload).await;
+    answer.inspect_err(|error| tracing::error!(%error, "InvalidateCache: failed"))
+}
+
+async fn invalidate(app: &App, head: &RequestHead, payload: Payload) -> Result<HttpResponse, Error> {
+    let deadline = Instant::now() + app.config.invalidate.budget;
+    let body = read_body(head, payload, app.config.invalidate.max_body_bytes);
+    let body = tokio::time::timeout_at(deadline, body).await.unwrap_or(Err(Error::TooSlow))?;
+    let changes = decode(app, body).await?;
     let keys: Vec<_> = changes.keys.iter().map(|id| Key::new(product::KIND, *id)).collect();
-    if !keys.is_empty() {
-        let expired = app.cache.expire(&keys, budget).await;
-        expired.inspect_err(|error| tracing::error!(%error, keys = keys.len(), "InvalidateCache: failed"))?;
-    }
+    app.cache.expire(&keys, deadline.saturating_duration_since(Instant::now())).await?;
     app.counts.expired(keys.len());
     if changes.unreadable > 0 {
-        tracing::error!(rows = changes.unreadable, "InvalidateCache: rows without a readable {}", product::TABLE.key);
         return Err(Error::BadRequest(format!("{} rows have no readable {}", changes.unreadable, product::TABLE.key)));
     }
     tracing::info!("expired {} products", keys.len());
@@ -53,19 +55,15 @@ async fn decode(app: &App, body: Bytes) -> Result<Changes, Error> {
 }
 
 async fn read_body(head: &RequestHead, mut payload: Payload, limit: usize) -> Result<Bytes, Error> {
-    let too_large = || {
-        tracing::error!(limit, "InvalidateCache: the body is larger than INVALIDATE_MAX_BODY_BYTES");
-        Error::TooLarge(limit)
-    };
     let declared = head.headers.get("content-length").and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
     if declared.is_some_and(|length| length > limit) {
-        return Err(too_large());
+        return Err(Error::TooLarge(limit));
     }
     let mut body = BytesMut::with_capacity(declared.unwrap_or(0));
     while let Some(chunk) = payload.next().await {
         let chunk = chunk.map_err(|_| Error::BadRequest("the body was cut off".to_owned()))?;
         if body.len() + chunk.len() > limit {
-            return Err(too_large());
+            return Err(Error::TooLarge(limit));
         }
         body.extend_from_slice(&chunk);
     }

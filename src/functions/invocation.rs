@@ -4,12 +4,12 @@
 //! manual invocation adds one more. Only primary keys are read: rows are skipped over, photos and all. Invariant: no
 //! input panics, and one unreadable row does not hide the readable ones.
 
-use std::{borrow::Cow, collections::BTreeSet, fmt};
-
-use serde::{
-    Deserialize, Serialize,
-    de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor},
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, BTreeSet},
 };
+
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
 /// Strings inside strings that are opened: two from the host, one more from a manual invocation, one to spare.
@@ -32,7 +32,7 @@ pub(super) fn changes(body: &[u8], binding: &str, column: &str) -> Result<Change
     #[derive(Deserialize)]
     struct Envelope<'a> {
         #[serde(borrow, rename = "Data")]
-        data: std::collections::HashMap<Cow<'a, str>, &'a RawValue>,
+        data: Members<'a>,
     }
     let malformed = |what: &str, error: serde_json::Error| {
         // serde_json's own words may quote the payload; its place does not.
@@ -47,13 +47,31 @@ pub(super) fn changes(body: &[u8], binding: &str, column: &str) -> Result<Change
         }
         rows = Cow::Owned(serde_json::from_str(&rows).map_err(|error| malformed("a string in Data", error))?);
     }
+    let rows: Vec<&RawValue> =
+        serde_json::from_str(&rows).map_err(|error| malformed(&format!("Data.{binding}"), error))?;
     let mut changes = Changes::default();
-    let mut json = serde_json::Deserializer::from_str(&rows);
-    Rows { column, changes: &mut changes }
-        .deserialize(&mut json)
-        .and_then(|()| json.end())
-        .map_err(|error| malformed(&format!("Data.{binding}"), error))?;
+    for row in rows {
+        match member(row, "Item").and_then(|item| number(member(item, column)?)) {
+            Some(key) => drop(changes.keys.insert(key)),
+            None => changes.unreadable += 1,
+        }
+    }
     Ok(changes)
+}
+
+/// An object's members, unread.
+type Members<'a> = BTreeMap<Cow<'a, str>, &'a RawValue>;
+
+/// The member of this name, in whatever case; `None` if there is no such member or no object.
+fn member<'a>(object: &'a RawValue, name: &str) -> Option<&'a RawValue> {
+    let members: Members<'a> = serde_json::from_str(object.get()).ok()?;
+    members.into_iter().find(|(other, _)| other.eq_ignore_ascii_case(name)).map(|(_, value)| value)
+}
+
+/// A whole number, as a number or as text.
+fn number(value: &RawValue) -> Option<i64> {
+    let number = serde_json::from_str(value.get()).ok();
+    number.or_else(|| serde_json::from_str::<Cow<'_, str>>(value.get()).ok()?.parse().ok())
 }
 
 /// What the host takes for success: an object, never an empty body, which would hang the invocation.
@@ -69,131 +87,6 @@ impl Reply {
     /// A success that the host logs these lines for.
     pub(super) fn new(logs: Vec<String>) -> Self {
         Self { outputs: serde_json::Map::new(), logs, return_value: None }
-    }
-}
-
-/// Reads an array of rows.
-struct Rows<'a> {
-    column: &'a str,
-    changes: &'a mut Changes,
-}
-
-impl<'de> DeserializeSeed<'de> for Rows<'_> {
-    type Value = ();
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
-        deserializer.deserialize_seq(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Rows<'_> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an array of changes")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut rows: A) -> Result<(), A::Error> {
-        while let Some(key) =
-            rows.next_element_seed(Field { name: "Item", then: Field { name: self.column, then: Number } })?
-        {
-            match key.flatten().flatten() {
-                Some(key) => drop(self.changes.keys.insert(key)),
-                None => self.changes.unreadable += 1,
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Reads one member of an object, its name in whatever case, and skips the rest; `None` if there is no such member or
-/// no object.
-#[derive(Clone, Copy)]
-struct Field<'a, T> {
-    name: &'a str,
-    then: T,
-}
-
-impl<'de, T: DeserializeSeed<'de> + Copy> DeserializeSeed<'de> for Field<'_, T> {
-    type Value = Option<T::Value>;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-        deserializer.deserialize_any(self)
-    }
-}
-
-impl<'de, T: DeserializeSeed<'de> + Copy> Visitor<'de> for Field<'_, T> {
-    type Value = Option<T::Value>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "an object with {}", self.name)
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<Self::Value, A::Error> {
-        let mut found = None;
-        while let Some(name) = members.next_key_seed(Name)? {
-            if name.eq_ignore_ascii_case(self.name) {
-                found = Some(members.next_value_seed(self.then)?);
-            } else {
-                members.next_value::<IgnoredAny>()?;
-            }
-        }
-        Ok(found)
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Self::Value, A::Error> {
-        while items.next_element::<IgnoredAny>()?.is_some() {}
-        Ok(None)
-    }
-
-    fn visit_unit<E>(self) -> Result<Self::Value, E> {
-        Ok(None)
-    }
-
-    fn visit_bool<E>(self, _: bool) -> Result<Self::Value, E> {
-        Ok(None)
-    }
-
-    fn visit_i64<E>(self, _: i64) -> Result<Self::Value, E> {
-        Ok(None)
-    }
-
-    fn visit_u64<E>(self, _: u64) -> Result<Self::Value, E> {
-        Ok(None)
-    }
-
-    fn visit_f64<E>(self, _: f64) -> Result<Self::Value, E> {
-        Ok(None)
-    }
-
-    fn visit_str<E>(self, _: &str) -> Result<Self::Value, E> {
-        Ok(None)
-    }
-}
-
-/// A member's name, borrowed where it has no escapes.
-struct Name;
-
-impl<'de> DeserializeSeed<'de> for Name {
-    type Value = Cow<'de, str>;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-        #[derive(Deserialize)]
-        struct Borrowed<'a>(#[serde(borrow)] Cow<'a, str>);
-        Borrowed::deserialize(deserializer).map(|name| name.0)
-    }
-}
-
-/// A whole number, as a number or as text; `None` for anything else.
-#[derive(Clone, Copy)]
-struct Number;
-
-impl<'de> DeserializeSeed<'de> for Number {
-    type Value = Option<i64>;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Option<i64>, D::Error> {
-        let value = serde_json::Value::deserialize(deserializer).map_err(D::Error::custom)?;
-        Ok(value.as_i64().or_else(|| value.as_str()?.parse().ok()))
     }
 }
 
@@ -250,6 +143,13 @@ mod tests {
             {"Item": {"ProductID": 2}},
         ]);
         assert_eq!(read(&body(&rows, 2)), Ok(Changes { keys: [1, 2].into(), unreadable: 13 }));
+        let deep = format!("{}{}", "[".repeat(5_000), "]".repeat(5_000));
+        for key in ["1e999", "99999999999999999999", &deep] {
+            let rows =
+                format!("[{{\"Item\":{{\"ProductID\":{key}}}}},{{\"Item\":{{\"Deep\":{deep},\"ProductID\":2}}}}]");
+            let body = json!({"Data": {"changes": rows}}).to_string();
+            assert_eq!(read(body.as_bytes()), Ok(Changes { keys: [2].into(), unreadable: 1 }), "{:.30}", key);
+        }
     }
 
     #[test]

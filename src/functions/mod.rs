@@ -17,7 +17,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use actix_http::Request;
@@ -31,7 +31,7 @@ use futures_util::{
     future::{Either, LocalBoxFuture, ready},
 };
 use serde_json::json;
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, time::timeout};
 
 pub use self::error::Error;
 use crate::{
@@ -42,7 +42,11 @@ use crate::{
     foreground::Foreground,
     product,
     redis::Redis,
+    telemetry::LogLimiter,
 };
+
+/// How long a stop waits for Redis to take the last expiries.
+const LAST_EXPIRIES: Duration = Duration::from_secs(1);
 
 /// What all functions share: one Redis pool (inside the cache), one database pool, one cache.
 pub struct App {
@@ -54,6 +58,8 @@ pub struct App {
     counts: Arc<Counts>,
     background: Handle,
     foreground: Foreground,
+    /// Requests to what is the host's.
+    strangers: LogLimiter,
     started: Instant,
 }
 
@@ -79,6 +85,7 @@ impl App {
             counts,
             background: background.clone(),
             foreground,
+            strangers: LogLimiter::default(),
             started: Instant::now(),
             config,
             database,
@@ -92,6 +99,15 @@ impl App {
         let app = self.clone();
         let follow = move || change_feed::follow(app.clone(), interval);
         Some(keep_running(&self.background, "change feed", follow))
+    }
+
+    /// Waits a moment until Redis has been told of every expiry; says how many it has not.
+    pub async fn settle(&self) {
+        if timeout(LAST_EXPIRIES, self.cache.settled()).await.is_err() {
+            let status = self.cache.status();
+            let (expiries, everything) = (status.expiries_queued, status.everything_queued);
+            tracing::warn!(expiries, everything, "stopping, though Redis was not told of all that changed");
+        }
     }
 
     /// The database, for the start screen and the end.
@@ -225,7 +241,12 @@ fn find(app: &App, path: &str, head: &RequestHead, peer: Option<SocketAddr>) -> 
     let nothing_here = || Error::NotFound("there is no such function".to_owned());
     let prefix = &app.config.http.route_prefix;
     let route = ROUTES.iter().find(|route| route.matches(path, prefix)).ok_or_else(nothing_here)?;
-    if route.trigger == Trigger::Host && !is_from_host(head, peer) {
+    if route.trigger == Trigger::Host
+        && let Some(why) = why_not_the_host(head, peer)
+    {
+        if let Some(unsaid) = app.strangers.next() {
+            tracing::warn!(unsaid, "{}: a request that is not the host's is refused: {why}", route.function);
+        }
         return Err(nothing_here());
     }
     if !route.methods.contains(&head.method.as_str()) {
@@ -252,23 +273,31 @@ impl Route {
     }
 }
 
-/// Whether the Functions host made this request of its own accord: from this machine, to this machine's address, and
-/// not on behalf of somebody else.
-fn is_from_host(head: &RequestHead, peer: Option<SocketAddr>) -> bool {
-    let from_loopback = peer.is_some_and(|peer| peer.ip().is_loopback());
-    let forwarded = head.headers.keys().any(|name| name.as_str().starts_with("x-forwarded-"));
+/// What shows that the Functions host did not make this request of its own accord: from this machine, to this machine's
+/// address, and not on behalf of somebody else.
+fn why_not_the_host(head: &RequestHead, peer: Option<SocketAddr>) -> Option<&'static str> {
+    if !peer.is_some_and(|peer| peer.ip().is_loopback()) {
+        return Some("it comes from another machine");
+    }
+    if head.headers.keys().any(|name| name.as_str().starts_with("x-forwarded-")) {
+        return Some("it was forwarded");
+    }
+    if head.headers.contains_key("origin") {
+        return Some("a web page sent it");
+    }
     let host = head.headers.get("host").and_then(|host| host.to_str().ok()).unwrap_or_default();
     let is_port = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
     let name = host.rsplit_once(':').filter(|(_, port)| is_port(port)).map_or(host, |(name, _)| name);
     let to_loopback = name.eq_ignore_ascii_case("localhost")
         || name.trim_matches(['[', ']']).parse().is_ok_and(|address: std::net::IpAddr| address.is_loopback());
-    from_loopback && to_loopback && !forwarded
+    (!to_loopback).then_some("it is addressed to another machine")
 }
 
-/// The host's id of this invocation, if it is one. Repeated or odd ones are cut, as they come from outside.
+/// The host's id of this invocation, which it adds after what a client sent under that name.
 fn invocation_id(head: &RequestHead) -> Option<&str> {
-    let id = head.headers.get("x-azure-functions-invocationid")?.to_str().ok()?;
-    Some(id.get(..64).unwrap_or(id)).filter(|id| id.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' '))
+    let last = head.headers.get_all("x-azure-functions-invocationid").last()?.to_str().ok()?;
+    let id = last.rsplit(',').next()?.trim();
+    Some(id.get(..64).unwrap_or(id)).filter(|id| !id.is_empty() && id.bytes().all(|byte| byte.is_ascii_graphic()))
 }
 
 /// How often what happened, since the process began.
@@ -304,7 +333,7 @@ impl App {
     fn status(&self) -> serde_json::Value {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let (counts, cache) = (&self.counts, self.cache.status());
-        let seconds = |unheard: Option<std::time::Duration>| unheard.map(|unheard| unheard.as_secs_f64());
+        let seconds = |unheard: Option<Duration>| unheard.map(|unheard| unheard.as_secs_f64());
         json!({
             "name": env!("CARGO_PKG_NAME"),
             "version": env!("CARGO_PKG_VERSION"),
@@ -359,11 +388,11 @@ mod tests {
         let from = |peer: &str, host: &str| {
             let request = TestRequest::default().peer_addr(peer.parse().expect("an address"));
             let request = request.insert_header(("host", host)).to_request();
-            is_from_host(request.head(), request.peer_addr())
+            why_not_the_host(request.head(), request.peer_addr()).is_none()
         };
         assert!(from("127.0.0.1:5000", "127.0.0.1:7071") && from("[::1]:5000", "[::1]"));
         assert!(!from("192.0.2.1:5000", "127.0.0.1:7071"), "another machine");
         assert!(!from("127.0.0.1:5000", "shop.example"), "another name");
-        assert!(!is_from_host(TestRequest::default().to_request().head(), None), "nobody knows who");
+        assert!(why_not_the_host(TestRequest::default().to_request().head(), None).is_some(), "nobody knows who");
     }
 }

@@ -92,12 +92,11 @@ impl Wanted {
             match *name {
                 // Strong comparison (section 13.1.1).
                 header::IF_MATCH => {
-                    let mut tags = value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii);
-                    *matches.get_or_insert(false) |= tags.any(|tag| tag == b"*" || tag == etag);
+                    let is_strong = |at: &usize| !value[..*at].ends_with(b"W/");
+                    *matches.get_or_insert(false) |= value == b"*" || places(value, etag).any(|at| is_strong(&at));
                 }
-                // Weak comparison (section 13.1.2). Our tags are 32 hex digits in quotes, so one that occurs in the list
-                // is an element of the list.
-                header::IF_NONE_MATCH => has |= value == b"*" || value.windows(etag.len()).any(|part| part == etag),
+                // Weak comparison (section 13.1.2).
+                header::IF_NONE_MATCH => has |= value == b"*" || places(value, etag).next().is_some(),
                 _ => {}
             }
         }
@@ -107,6 +106,11 @@ impl Wanted {
             (_, false) => Self::Content,
         }
     }
+}
+
+/// Where an entity tag of ours occurs in a list: 32 hex digits in quotes, so what occurs is an element.
+fn places<'a>(list: &'a [u8], etag: &'a [u8]) -> impl Iterator<Item = usize> + 'a {
+    list.windows(etag.len()).enumerate().filter(move |(_, part)| *part == etag).map(|(at, _)| at)
 }
 
 #[cfg(test)]
