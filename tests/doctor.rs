@@ -82,7 +82,10 @@ async fn each_mistake_in_the_apps_files_is_found() {
         (Box::new(edit("host.json", "extensionBundle", "bundle")), "FAIL has no extensionBundle"),
         (Box::new(edit("host.json", "00:05:00", "00:00:30")), "FAIL functionTimeout is 30 s"),
         (Box::new(edit("host.json", "00:05:00", "5m")), "FAIL functionTimeout is not hh:mm:ss"),
-        (Box::new(edit("host.json", "\"MaxBatchSize\": 100,", "\"maxBatchSize\": 5000,")), "warn MaxBatchSize is 5000"),
+        (
+            Box::new(edit("host.json", "\"MaxBatchSize\": 1000,", "\"maxBatchSize\": 5000,")),
+            "warn MaxBatchSize is 5000",
+        ),
         (Box::new(edit(get, "\"get\", \"head\"", "\"get\"")), "warn lets no HEAD through"),
         (Box::new(edit(get, "\"function\"", "\"Anonymous\"")), "warn can be called by anybody"),
         (
