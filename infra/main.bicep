@@ -54,6 +54,25 @@ param instanceMemoryMB int = 2048
 @description('Name of the database.')
 param databaseName string = 'product-cache'
 
+@description('Most vCores of the database, which is serverless: each allows 75 queries at a time.')
+@allowed([
+  1
+  2
+  4
+  6
+  8
+  10
+  12
+  14
+  16
+  18
+  20
+  24
+  32
+  40
+])
+param databaseVCores int = 2
+
 @description('Size of Azure Managed Redis.')
 param redisSku string = 'Balanced_B0'
 
@@ -129,6 +148,7 @@ module database 'modules/database.bicep' = {
   params: {
     serverName: 'sql-product-cache-${token}'
     databaseName: databaseName
+    vCores: databaseVCores
     location: location
     tags: tags
     administratorId: administratorId
@@ -158,6 +178,12 @@ module redis 'modules/redis.bicep' = {
 // What the plan allows, so that the handler is told no more.
 var mostInstances = plan == 'premium' ? min(maximumInstanceCount, 100) : maximumInstanceCount
 
+// Connections of one instance to the database. All instances together must stay within its workers, which are 75 a vCore
+// (https://learn.microsoft.com/azure/azure-sql/database/resource-limits-vcore-single-databases); a fifth is left to the
+// trigger and to people. One is the least, and more than the handler's own default of 8 gain nothing.
+var databaseWorkers = 75 * databaseVCores
+var databaseConnections = max(1, min(8, databaseWorkers * 4 / 5 / mostInstances))
+
 // What the handler and the host are told on either plan. The host's SQL trigger reads Sql as well: the string is one
 // that Microsoft.Data.SqlClient and the handler both understand.
 var settings = [
@@ -180,6 +206,10 @@ var settings = [
   {
     name: 'MAX_INSTANCES'
     value: string(mostInstances)
+  }
+  {
+    name: 'DATABASE_MAX_CONNECTIONS'
+    value: string(databaseConnections)
   }
   {
     name: 'AzureWebJobsStorage__accountName'

@@ -10,6 +10,9 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     path::Path,
+    process::{Command, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
 };
 
 use product_cache::config::{Config, RedisLogin, SETTINGS};
@@ -296,7 +299,11 @@ fn the_handler_understands_the_settings_it_is_given() {
             },
             |parameter| {
                 // Bounded by the plan, which the default is not.
-                let parameter = if parameter == "mostInstances" { "maximumInstanceCount" } else { parameter };
+                let parameter = match parameter {
+                    "mostInstances" => "maximumInstanceCount",
+                    "databaseConnections" => return connections(2, 40).to_string(),
+                    parameter => parameter,
+                };
                 let declared = main.declared("param").into_iter().find(|(name, _)| *name == parameter);
                 declared.unwrap().1.rsplit(' ').next().unwrap().to_owned() // its default
             },
@@ -334,6 +341,44 @@ fn the_handler_is_told_as_many_instances_as_the_plan_starts() {
     assert_eq!(text.matches("maximumInstanceCount: mostInstances").count(), 2, "the bound of either plan");
     for (module, bound) in [("app-flex", "maximumInstanceCount"), ("app-premium", "maximumElasticWorkerCount")] {
         assert!(read(&format!("infra/modules/{module}.bicep")).contains(&format!("{bound}: maximumInstanceCount")));
+    }
+}
+
+/// What main.bicep gives an instance, by its own formula, which the test below compares.
+fn connections(vcores: u64, instances: u64) -> u64 {
+    (75 * vcores * 4 / 5 / instances).clamp(1, 8)
+}
+
+#[test]
+fn all_instances_connections_stay_within_the_databases_workers() {
+    let (main, text) = (Bicep::read("infra/main.bicep"), read("infra/main.bicep"));
+    assert!(text.contains("var databaseWorkers = 75 * databaseVCores"));
+    assert!(text.contains("databaseConnections = max(1, min(8, databaseWorkers * 4 / 5 / mostInstances))"));
+    let told = main.app_settings().into_iter().find(|(name, _)| *name == "DATABASE_MAX_CONNECTIONS");
+    assert_eq!(told.map(|(_, value)| value), Some("string(databaseConnections)"));
+    let default = |parameter: &str| -> u64 {
+        let declared = main.declared("param").into_iter().find(|(name, _)| *name == parameter);
+        declared.unwrap().1.rsplit(' ').next().unwrap().parse().unwrap()
+    };
+    let (vcores, instances) = (default("databaseVCores"), default("maximumInstanceCount"));
+    assert_eq!((vcores, instances), (2, 40), "docs/operations.md reckons with these");
+    assert!(connections(vcores, instances) > 1 && connections(vcores, instances) * instances <= 75 * vcores);
+
+    module("database").has("sku/capacity", "vCores");
+    main.has("params/vCores", "databaseVCores");
+    assert!(read("infra/main.parameters.json").contains(&format!("${{SQL_VCORES={vcores}}}")));
+}
+
+#[test]
+fn nobody_deploys_with_a_password() {
+    for (module, sites) in [(module("app-flex"), 1), (module("app-premium"), 2)] {
+        for name in ["'scm'", "'ftp'"] {
+            let policies = module.lines.iter().filter(|(way, value)| {
+                way.contains("/basicPublishingCredentialsPolicies@") && way.ends_with("/name") && value == name
+            });
+            assert_eq!(policies.count(), sites, "{}: {name}", module.path);
+        }
+        assert_eq!(module.values("properties/allow"), vec!["false"; 2 * sites], "{}", module.path);
     }
 }
 
@@ -511,13 +556,18 @@ fn the_hooks_read_what_the_deployment_tells_and_run_files_that_exist() {
     };
     let (read_by_sh, read_by_pwsh) = (names(&shell, "$"), names(&pwsh, "$env:"));
     assert_eq!(read_by_sh, read_by_pwsh, "both hooks do the same");
-    assert!(read_by_sh.is_subset(&outputs), "{read_by_sh:?} of {outputs:?}");
+    // What the deployment says, and what whoever deploys may.
+    let told: BTreeSet<_> = read_by_sh.difference(&outputs).map(String::as_str).collect();
+    assert_eq!(told, BTreeSet::from(["SAMPLE_CATALOGUE"]), "of {outputs:?}");
+    assert!(read("docs/deploy.md").contains("| `SAMPLE_CATALOGUE` |"));
     assert!(read_by_sh.len() >= 6, "{read_by_sh:?}");
 
     let files = ["sqlserver.sql", "sqlserver-access.sql", "sqlserver-identity.sql"];
     for text in [&shell, &pwsh] {
-        let places: Vec<_> = files.iter().map(|file| text.find(&format!("sql/{file}")).expect(file)).collect();
-        assert!(places.is_sorted(), "schema, then access, then the user");
+        let run = &text[text.find("all() {").or(text.find("function Invoke-All")).unwrap()..];
+        let places: Vec<_> = files[1..].iter().map(|file| run.find(file).expect(file)).collect();
+        assert!(text.contains(files[0]));
+        assert!(places.is_sorted(), "access, then the user");
     }
     for file in files {
         read(&format!("sql/{file}"));
@@ -526,6 +576,85 @@ fn the_hooks_read_what_the_deployment_tells_and_run_files_that_exist() {
     for role in ["product_cache_reader", "product_cache_trigger"] {
         assert!(read("sql/sqlserver-access.sql").contains(&format!("CREATE ROLE {role}")));
         assert!(read("sql/sqlserver-identity.sql").contains(&format!("ALTER ROLE {role} ADD MEMBER")));
+    }
+}
+
+/// The hook under `sh`, with an `az`, a `sqlcmd` and a `sleep` that write down what they are asked for; `az` takes its
+/// time to open the firewall.
+#[cfg(unix)]
+struct Hook {
+    folder: tempfile::TempDir,
+    command: Command,
+}
+
+#[cfg(unix)]
+impl Hook {
+    /// With a `sqlcmd` that says this and ends so.
+    fn new(sqlcmd: &str) -> Self {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let az = "case \"$*\" in *create*) exec /bin/sleep 0.3 ;; esac";
+        for (name, then) in [("az", az), ("sqlcmd", sqlcmd), ("sleep", "exec /bin/sleep 0.1")] {
+            let file = folder.path().join(name);
+            let log = folder.path().join("log");
+            fs::write(&file, format!("#!/bin/sh\necho {name} \"$@\" >>{}\n{then}\n", log.display())).unwrap();
+            fs::set_permissions(file, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        let mut command = Command::new("sh");
+        let path = format!("{}:{}", folder.path().display(), std::env::var("PATH").unwrap());
+        command.arg(root().join("infra/hooks/postprovision.sh")).env("PATH", path).env("SQL_PRIVATE", "false");
+        for name in ["SQL_SERVER", "SQL_DATABASE", "SQL_SERVER_NAME", "AZURE_RESOURCE_GROUP"] {
+            command.env(name, "x");
+        }
+        command.env("APP_IDENTITY_NAME", "x").env("APP_IDENTITY_CLIENT_ID", "x").env_remove("SAMPLE_CATALOGUE");
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        Self { folder, command }
+    }
+
+    /// What was asked of the three, a line each.
+    fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn the_hook_closes_the_firewall_whatever_ends_it() {
+    for (signal, code) in [("HUP", 129), ("INT", 130), ("TERM", 143), ("", 1)] {
+        let mut hook = Hook::new("echo \"Client with IP address '192.0.2.7' is not allowed\"; exit 1");
+        let mut process = hook.command.spawn().unwrap();
+        let began = Instant::now();
+        // As early as there may be a rule.
+        while !signal.is_empty() && !hook.log().contains("rule create") {
+            assert!(began.elapsed() < Duration::from_secs(20), "{}", hook.log());
+            sleep(Duration::from_millis(5));
+        }
+        if !signal.is_empty() {
+            let pid = process.id().to_string();
+            assert!(Command::new("kill").args(["-s", signal, &pid]).status().unwrap().success());
+        }
+        assert_eq!(process.wait().unwrap().code(), Some(code), "{signal}: {}", hook.log());
+        let log = hook.log();
+        let rules: Vec<_> = log.lines().filter(|line| line.starts_with("az sql server firewall-rule")).collect();
+        let [opened, closed] = rules[..] else { panic!("{signal}: {log}") };
+        assert!(opened.contains("rule create ") && opened.contains("--start-ip-address 192.0.2.7"), "{opened}");
+        let name = opened.split("--name ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
+        assert!(closed.contains("rule delete ") && closed.ends_with(&format!("--name {name}")), "{closed}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn the_hook_makes_the_sample_products_unless_it_is_told_not_to() {
+    for (said, made) in [(None, true), (Some("true"), true), (Some("false"), false)] {
+        let mut hook = Hook::new("exit 0");
+        hook.command.envs(said.map(|said| ("SAMPLE_CATALOGUE", said)));
+        assert!(hook.command.status().unwrap().success());
+        let log = hook.log();
+        let files: Vec<_> = log.lines().map(|line| line.split(" -i sql/").nth(1).unwrap()).collect();
+        let given = ["sqlserver-access.sql", "sqlserver-identity.sql -v Name=x ClientId=x"];
+        let expected: Vec<_> = made.then_some("sqlserver.sql").into_iter().chain(given).collect();
+        assert_eq!(files, expected, "{said:?}");
     }
 }
 

@@ -6,13 +6,14 @@ $PSNativeCommandUseErrorActionPreference = $false
 Set-Location (Join-Path $PSScriptRoot '../..')
 
 $identity = @("Name=$env:APP_IDENTITY_NAME", "ClientId=$env:APP_IDENTITY_CLIENT_ID")
+# The products to try things out with are made unless it is false; and never where SalesLT.Product exists.
+$sample = @(if ($env:SAMPLE_CATALOGUE -ne 'false') { 'sqlserver.sql' })
 $connection = @('-S', $env:SQL_SERVER, '-d', $env:SQL_DATABASE, '--authentication-method', 'ActiveDirectoryDefault', '-b')
 
 function Invoke-All {
-  foreach ($arguments in @(
-      @('-i', 'sql/sqlserver.sql'),
-      @('-i', 'sql/sqlserver-access.sql'),
-      (@('-i', 'sql/sqlserver-identity.sql', '-v') + $identity))) {
+  foreach ($file in $sample + 'sqlserver-access.sql' + 'sqlserver-identity.sql') {
+    $arguments = @('-i', "sql/$file")
+    if ($file -eq 'sqlserver-identity.sql') { $arguments += @('-v') + $identity }
     $said = & sqlcmd @connection -l 60 @arguments 2>&1 | Out-String
     if ($LASTEXITCODE -ne 0) { return $said }
   }
@@ -21,7 +22,7 @@ function Invoke-All {
 
 function Write-Manual($reason) {
   [Console]::Error.WriteLine("$reason Until these have run, the app can not read the database:")
-  foreach ($file in 'sqlserver.sql', 'sqlserver-access.sql', "sqlserver-identity.sql -v $identity") {
+  foreach ($file in $sample + 'sqlserver-access.sql' + "sqlserver-identity.sql -v $identity") {
     [Console]::Error.WriteLine("  sqlcmd $connection -i sql/$file")
   }
 }
@@ -48,11 +49,11 @@ if ($said -notmatch "IP address '([0-9.]+)'") {
 $address = $Matches[1]
 Write-Output "The firewall is opened for $address while this runs."
 $rule = @('--resource-group', $env:AZURE_RESOURCE_GROUP, '--server', $env:SQL_SERVER_NAME, '--name', "hook-$PID")
-& az sql server firewall-rule create --only-show-errors --output none @rule --start-ip-address $address --end-ip-address $address
-if ($LASTEXITCODE -ne 0) { exit 1 }
 try {
+  & az sql server firewall-rule create --only-show-errors --output none @rule --start-ip-address $address --end-ip-address $address
   # A rule can take five minutes to have effect.
-  foreach ($attempt in 1..11) {
+  $attempts = if ($LASTEXITCODE -eq 0) { 1..11 }
+  foreach ($attempt in $attempts) {
     $said = Invoke-All
     if ($null -eq $said) { break }
     Write-Output "Not yet ($attempt of 11)."

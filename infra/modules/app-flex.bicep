@@ -97,5 +97,22 @@ resource app 'Microsoft.Web/sites@2024-11-01' = {
   }
 }
 
+// The app's own credentials for publishing are refused: whoever deploys signs in.
+resource scm 'Microsoft.Web/sites/basicPublishingCredentialsPolicies@2024-11-01' = {
+  parent: app
+  name: 'scm'
+  properties: {
+    allow: false
+  }
+}
+
+resource ftp 'Microsoft.Web/sites/basicPublishingCredentialsPolicies@2024-11-01' = {
+  parent: app
+  name: 'ftp'
+  properties: {
+    allow: false
+  }
+}
+
 @description('Base address.')
 output url string = 'https://${app.properties.defaultHostName}'

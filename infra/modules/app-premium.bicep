@@ -125,6 +125,39 @@ resource staging 'Microsoft.Web/sites/slots@2024-11-01' = {
   }
 }
 
+// The app's own credentials for publishing are refused: whoever deploys signs in.
+resource scm 'Microsoft.Web/sites/basicPublishingCredentialsPolicies@2024-11-01' = {
+  parent: app
+  name: 'scm'
+  properties: {
+    allow: false
+  }
+}
+
+resource ftp 'Microsoft.Web/sites/basicPublishingCredentialsPolicies@2024-11-01' = {
+  parent: app
+  name: 'ftp'
+  properties: {
+    allow: false
+  }
+}
+
+resource stagingScm 'Microsoft.Web/sites/slots/basicPublishingCredentialsPolicies@2024-11-01' = {
+  parent: staging
+  name: 'scm'
+  properties: {
+    allow: false
+  }
+}
+
+resource stagingFtp 'Microsoft.Web/sites/slots/basicPublishingCredentialsPolicies@2024-11-01' = {
+  parent: staging
+  name: 'ftp'
+  properties: {
+    allow: false
+  }
+}
+
 resource sticky 'Microsoft.Web/sites/config@2024-11-01' = {
   parent: app
   name: 'slotConfigNames'

@@ -7,6 +7,9 @@ param serverName string
 @description('Name of the database.')
 param databaseName string
 
+@description('Most vCores.')
+param vCores int
+
 @description('Region.')
 param location string
 
@@ -59,7 +62,7 @@ resource database 'Microsoft.Sql/servers/databases@2023-08-01' = {
     name: 'GP_S_Gen5'
     tier: 'GeneralPurpose'
     family: 'Gen5'
-    capacity: 1
+    capacity: vCores
   }
   properties: {
     // The trigger polls every second: the database would never pause, and a paused one would answer 40613 first.

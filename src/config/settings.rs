@@ -72,7 +72,7 @@ pub const SETTINGS: &[Setting] = &[
     number("REDIS_POOL_SIZE", "2", 1, 64, "Shared connections. Each carries all requests at once, so two are for resilience, not for throughput. One more is used by the invalidation log."),
     Setting { name: "REDIS_FRUGAL", default: "off", kind: Kind::Word(&["on", "off"]), meaning: "`on`: one Redis connection per instance in all; the invalidation log is polled over it." },
     number("REDIS_FRUGAL_POLL_MS", "200", 10, 5000, "With `REDIS_FRUGAL`, pause between two looks at the log: how much later other instances hear of an expiry."),
-    number("REDIS_MAX_CLIENTS", "0", 0, 10_000_000, "Connections that the Redis tier allows (250 on the smallest); 0: unknown. With `MAX_INSTANCES`, a start that could exceed it is refused."),
+    number("REDIS_MAX_CLIENTS", "0", 0, 10_000_000, "Connections that the Redis tier allows (256 on the smallest of Azure Cache for Redis); 0: unknown. With `MAX_INSTANCES`, a start that could exceed it is refused."),
     text("REDIS_PREFIX", "product-cache", "First part of every key, in braces: apps that share a Redis take different ones. In a cluster it decides the slot of all of them."),
     text("REDIS_ENTRA_ID", "", "How to log in to Redis with Microsoft Entra ID instead of a password: `system`, or the client id of a user-assigned identity. The user is the identity's object id. Empty: not."),
     text("REDIS_CA_FILE", "", "File of the authorities (PEM) that are trusted for Redis' certificate instead of the public ones."),
