@@ -1,12 +1,13 @@
 //! `handler doctor`, the real binary: each thing that a deployment gets wrong is one line with its remedy.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, net::TcpListener, path::Path, process::Command};
 
 use tempfile::{TempDir, tempdir};
 
 use crate::support::{
     certificates::CERTIFICATES,
     database::{DatabaseServer, Engine, is_there},
+    free_port,
     host::stage,
     instance::BINARY,
     redis::RedisServer,
@@ -255,6 +256,14 @@ async fn changes_that_the_sql_trigger_gave_up_are_counted() {
     assert_said(&report, "ok database: SQL Server (SQL Azure 12.0), database shop");
     assert_said(&report, "ok database: changes are kept for 48 hours");
     assert_said(&report, "ok database: the SQL trigger has 7 changes at work");
+    assert_said(
+        &report,
+        "ok database: 32767 connections are allowed, 8 for each instance: enough for 4095; 5 may run (by",
+    );
+    assert_said(
+        &report,
+        "ok @@MAX_CONNECTIONS; a tier of Azure SQL ends sooner, at its workers, which are not visible",
+    );
     assert!(!report.0.contains("FAIL"), "{}", report.0);
     let report = look(&sql_server((60, 0), 3).await).await;
     assert_said(&report, "warn database: changes are kept for 60 minutes");
@@ -263,6 +272,37 @@ async fn changes_that_the_sql_trigger_gave_up_are_counted() {
         &report,
         "FAIL database: the SQL trigger has given up 3 of 7 changes in [az_func].[Leases_0123456789abcdef_42]",
     );
+}
+
+#[tokio::test]
+async fn where_the_identity_is_missing_everything_else_is_looked_at() {
+    let app = app();
+    // On a laptop, with the strings of infra/: both servers could be reached, and nobody could log in.
+    let (there, gone) = (TcpListener::bind("127.0.0.1:0").unwrap(), free_port());
+    let (port, id) = (there.local_addr().unwrap().port(), "0f8fad5b-d9cb-469f-a165-70867728950e");
+    let sql = format!(
+        "Server=tcp:localhost,{port};Database=shop;Authentication=Active Directory Managed Identity;User Id={id};Encrypt=True"
+    );
+    for (redis, found) in [(port, "ok"), (gone, "FAIL")] {
+        let redis_string = format!("localhost:{redis},ssl=True,abortConnect=False");
+        let settings = [("Sql", &*sql), ("Redis", &redis_string), ("REDIS_ENTRA_ID", id), ("MAX_INSTANCES", "40")];
+        let report = doctor(app.path(), &settings).await;
+        assert_said(&report, "FAIL settings: Redis is to be opened with a managed identity, and IDENTITY_ENDPOINT");
+        assert_said(
+            &report,
+            "FAIL settings: the database is to be opened with a managed identity, and IDENTITY_ENDPOINT",
+        );
+        let shown = format!("Sql = SQL Server, database shop on localhost:{port}, as the identity {id}, TLS");
+        assert!(report.0.contains(&shown), "{}", report.0);
+        assert_said(&report, "ok host: GetProductById/function.json fits");
+        assert_said(&report, "ok host: changes are told by the SQL trigger");
+        assert_said(&report, &format!("ok database: localhost:{port} can be reached"));
+        assert_said(&report, &format!("{found} redis: localhost:{redis} can"));
+    }
+    // What is wrong besides still ends it, and is told with it.
+    let report = doctor(app.path(), &[("Sql", &*sql), ("CACHE_DURATION_S", "5m")]).await;
+    assert_said(&report, "FAIL settings: CACHE_DURATION_S is");
+    assert_said(&report, "FAIL settings: the database is to be opened with a managed identity");
 }
 
 #[test]

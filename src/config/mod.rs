@@ -245,7 +245,14 @@ impl Config {
     }
 
     fn parse(variables: &BTreeMap<String, String>, mistakes: Vec<String>) -> Result<Self, ConfigError> {
-        let mut read = Reader { variables, mistakes };
+        let (config, mut mistakes, lacking) = Self::read(variables, mistakes);
+        mistakes.extend(lacking);
+        if mistakes.is_empty() { Ok(config) } else { Err(ConfigError { mistakes }) }
+    }
+
+    /// As far as it can be read, with all mistakes, and with what only the machine lacks.
+    fn read(variables: &BTreeMap<String, String>, mistakes: Vec<String>) -> (Self, Vec<String>, Vec<String>) {
+        let mut read = Reader { variables, mistakes, lacking: Vec::new() };
         read.find_misspelled();
         let duration_s = read.number("CACHE_DURATION_S");
         let host_port = port_name(variables);
@@ -301,10 +308,7 @@ impl Config {
             given: read.given(),
         };
         read.check_together(&config);
-        match read.mistakes.is_empty() {
-            true => Ok(config),
-            false => Err(ConfigError { mistakes: read.mistakes }),
-        }
+        (config, read.mistakes, read.lacking)
     }
 }
 

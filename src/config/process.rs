@@ -18,11 +18,17 @@ impl Config {
         Self::parse(&variables, mistakes)
     }
 
-    /// The same, but as a Functions host on this machine would start the handler.
-    pub fn from_process_as_under_a_host() -> Result<Self, ConfigError> {
+    /// The same, but as a Functions host on this machine would start the handler, and with what would stop that start
+    /// on this machine alone: an identity that is not here.
+    pub fn from_process_as_under_a_host() -> Result<(Self, Vec<String>), ConfigError> {
         let (mut variables, mistakes) = Self::variables_of_process();
         variables.entry(HOST_NAMES[0].to_owned()).or_insert_with(|| "7071".to_owned());
-        Self::parse(&variables, mistakes)
+        let (config, mut mistakes, lacking) = Self::read(&variables, mistakes);
+        if mistakes.is_empty() {
+            return Ok((config, lacking));
+        }
+        mistakes.extend(lacking);
+        Err(ConfigError { mistakes })
     }
 
     fn variables_of_process() -> (BTreeMap<String, String>, Vec<String>) {

@@ -17,6 +17,8 @@ use super::{
 pub(super) struct Reader<'a> {
     pub(super) variables: &'a BTreeMap<String, String>,
     pub(super) mistakes: Vec<String>,
+    /// What is wrong with the machine rather than with a setting: an identity is asked for, and none is here.
+    pub(super) lacking: Vec<String>,
 }
 
 impl Reader<'_> {
@@ -278,7 +280,7 @@ impl Reader<'_> {
                 None
             }
             _ if is_needed => {
-                self.mistakes.push(format!(
+                self.lacking.push(format!(
                     "{what} is to be opened with a managed identity, and IDENTITY_ENDPOINT and IDENTITY_HEADER, which \
                      the platform sets where the app has one, are missing"
                 ));

@@ -6,7 +6,10 @@
 
 mod host_files;
 
-use std::{fmt, path::Path};
+use std::{fmt, path::Path, time::Duration};
+
+use futures_util::future::join_all;
+use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
     config::{Config, Login, Redis, RedisLogin, SETTINGS, Server, Source, Tls},
@@ -14,6 +17,9 @@ use crate::{
     finding::{Finding, Severity},
     product, redis,
 };
+
+/// Bound of finding out whether a server can be reached.
+const REACH: Duration = Duration::from_secs(5);
 
 /// What was found, under headings.
 pub struct Report {
@@ -52,8 +58,8 @@ impl fmt::Display for Report {
 /// Looks at everything: the settings of this process, the files of the app in `root`, the database and Redis.
 pub async fn examine(root: &Path) -> Report {
     let mut report = Report { settings: Vec::new(), findings: Vec::new() };
-    let config = match Config::from_process_as_under_a_host() {
-        Ok(config) => config,
+    let (config, lacking) = match Config::from_process_as_under_a_host() {
+        Ok(found) => found,
         Err(error) => {
             let wrong = |mistake| ("settings", Finding::fail(mistake, "correct the setting; README.md has the table"));
             report.findings.extend(error.mistakes.into_iter().map(wrong));
@@ -61,17 +67,27 @@ pub async fn examine(root: &Path) -> Report {
         }
     };
     report.settings = settings(&config);
+    let elsewhere = "run it where the app runs; if that is here, give the app the identity";
+    report.findings.extend(lacking.into_iter().map(|what| ("settings", Finding::fail(what, elsewhere))));
     let database = Database::new(&config.database);
     let (database_findings, redis_findings) = tokio::join!(
         async {
             match &config.database.source {
                 // Looking at it would make it.
                 Source::Embedded => vec![Finding::ok("the embedded catalogue: for a first look, not for production")],
-                _ => database.examine(&product::TABLE, config.max_instances).await,
+                source => match source.server().filter(|server| is_barred(server, &config)) {
+                    Some(server) => vec![reach(&server.host, server.port).await],
+                    None => database.examine(&product::TABLE, config.max_instances).await,
+                },
             }
         },
         async {
             match &config.redis {
+                Some(Redis { identity: None, server, .. })
+                    if matches!(server.login, RedisLogin::ManagedIdentity { .. }) =>
+                {
+                    join_all(server.nodes.iter().map(|node| reach(&node.host, node.port))).await
+                }
                 Some(redis) => redis::examine(redis, config.max_instances).await,
                 None => vec![Finding::ok("off: each instance has its own memory, and the change feed keeps it right")],
             }
@@ -82,6 +98,26 @@ pub async fn examine(root: &Path) -> Report {
     report.findings.extend(database_findings.into_iter().map(|finding| ("database", finding)));
     report.findings.extend(redis_findings.into_iter().map(|finding| ("redis", finding)));
     report
+}
+
+/// Whether only an identity could log in, which is not here.
+fn is_barred(server: &Server, config: &Config) -> bool {
+    config.database.identity.is_none() && matches!(server.login, Login::ManagedIdentity { .. })
+}
+
+/// All that can be said of a server that nobody here may log in to.
+async fn reach(host: &str, port: u16) -> Finding {
+    let problem = match timeout(REACH, TcpStream::connect((host, port))).await {
+        Ok(Ok(_)) => {
+            return Finding::ok(format!("{host}:{port} can be reached; nothing else, for want of the identity"));
+        }
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("no answer within {} s", REACH.as_secs()),
+    };
+    Finding::fail(
+        format!("{host}:{port} cannot be reached: {problem}"),
+        "check host and port, and the firewall; a private endpoint is reached from within its network only",
+    )
 }
 
 /// Every setting in the order of the table, as it is meant rather than as it is written: connection strings by what they

@@ -99,9 +99,14 @@ impl Engine for SqlServer {
 
     async fn examine(&self, _: &'static Table, budget: Budget) -> Result<Vec<Finding>, Error> {
         let mut findings = self.examine_feed().await?;
-        // What the tier allows is less, and only Azure's documentation says how much.
         let limit = self.numbers("SELECT CAST(@@MAX_CONNECTIONS AS bigint)").await?;
-        findings.extend(limit.first().map(|numbers| budget.within(numbers[0].unwrap_or(0) as u64, None)));
+        findings.extend(limit.first().map(|numbers| {
+            let mut finding = budget.within(numbers[0].unwrap_or(0) as u64, None);
+            // Only Azure's documentation says how much the tier allows.
+            finding.what += " (by @@MAX_CONNECTIONS; a tier of Azure SQL ends sooner, at its workers, which are not \
+                             visible from here: docs/operations.md)";
+            finding
+        }));
         findings.extend(self.examine_trigger().await?);
         Ok(findings)
     }
