@@ -168,7 +168,7 @@ async fn announce(app: Arc<App>, role: Role, port: u16, prefix: String, redis: b
     };
     let redis = if redis { "on" } else { "off (set Redis to share entries and expiries between instances)" };
     if role == Role::Handler {
-        tracing::info!(port, database, redis, "ready");
+        tracing::info!(version = env!("CARGO_PKG_VERSION"), port, database, redis, "ready");
         return;
     }
     let slash = if prefix.is_empty() { "" } else { "/" };

@@ -34,6 +34,8 @@ async fn the_host_chooses_the_port_by_either_variable_and_the_newer_one_wins() {
         answers(port).await;
         assert!(http::try_send(other, "GET", "/", &[], "").await.is_err());
         instance.stdout.wait_for("ready").await;
+        let said = format!("ready version=\"{}\" port={port} database=\"SQLite ", env!("CARGO_PKG_VERSION"));
+        assert!(instance.stdout.text().contains(&said), "{}", instance.stdout.text());
         assert!(!instance.stdout.text().contains("try "), "no screen for a host");
     }
 }
