@@ -80,6 +80,9 @@ param redisSku string = 'Balanced_B0'
 @minValue(0)
 param redisMaxClients int = 0
 
+@description('Resource id of an action group that alerts tell; empty: no alerts.')
+param alertActionGroupId string = ''
+
 @description('Premium only: URL of the package the app runs, a blob in the releases container. Empty until the first deployment.')
 param packageUrl string = ''
 
@@ -112,6 +115,18 @@ module monitoring 'modules/monitoring.bicep' = {
     location: location
     tags: tags
     principalId: identity.outputs.principalId
+  }
+}
+
+module alerts 'modules/alerts.bicep' = if (!empty(alertActionGroupId)) {
+  name: 'alerts'
+  scope: group
+  params: {
+    token: token
+    location: location
+    tags: tags
+    insightsId: monitoring.outputs.id
+    actionGroupId: alertActionGroupId
   }
 }
 

@@ -370,6 +370,22 @@ fn all_instances_connections_stay_within_the_databases_workers() {
 }
 
 #[test]
+fn the_alerts_ask_for_what_the_runbook_tells_and_are_made_for_whom_there_is_to_tell() {
+    let (alerts, main, runbook) = (module("alerts"), read("infra/main.bicep"), read("docs/operations.md"));
+    let queries: Vec<_> = alerts.lines.iter().filter(|(way, _)| way.ends_with("/query")).collect();
+    assert_eq!(queries.len(), 2);
+    for (_, query) in queries {
+        for text in query.split('"').skip(1).step_by(2) {
+            assert!(runbook.contains(text), "docs/operations.md does not tell of {text}");
+        }
+    }
+    let signals: Vec<_> = runbook.lines().skip_while(|line| !line.starts_with("| Signal")).skip(2).take(3).collect();
+    assert!(signals[0].contains("500 and above") && signals[1].contains("restart retry count"), "{signals:?}");
+    assert!(signals[2].contains("`SQLite`"), "the first three are alerts: {signals:?}");
+    assert!(main.contains("module alerts 'modules/alerts.bicep' = if (!empty(alertActionGroupId)) {"));
+}
+
+#[test]
 fn nobody_deploys_with_a_password() {
     for (module, sites) in [(module("app-flex"), 1), (module("app-premium"), 2)] {
         for name in ["'scm'", "'ftp'"] {

@@ -53,5 +53,8 @@ resource publish 'Microsoft.Authorization/roleAssignments@2022-04-01' = {
   }
 }
 
+@description('Resource id of Application Insights.')
+output id string = insights.id
+
 @description('Where telemetry goes: endpoints and the resource\'s name, no credential.')
 output ingestion string = insights.properties.ConnectionString
