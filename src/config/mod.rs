@@ -180,6 +180,8 @@ pub struct Redis {
     pub response_timeout: Duration,
     /// Notices kept in the invalidation log.
     pub log_max_length: u64,
+    /// Connections that the tier allows; 0: unknown.
+    pub max_clients: u64,
 }
 
 impl Redis {
@@ -258,8 +260,8 @@ impl Config {
         let host_port = port_name(variables);
         let role = if host_port.is_some() { Role::Handler } else { Role::Standalone };
         let max_instances = read.max_instances();
-        let redis = read.redis(max_instances);
-        let database = read.database(role, redis.as_ref());
+        let (redis, hard_timeout) = (read.redis(), read.millis("CACHE_HARD_TIMEOUT_MS"));
+        let database = read.database(role, redis.as_ref(), hard_timeout);
         let config = Self {
             role,
             http: Http {
@@ -289,7 +291,7 @@ impl Config {
                 fail_safe_throttle: read.seconds("CACHE_FAIL_SAFE_THROTTLE_S"),
                 unheard_max: read.seconds("CACHE_UNHEARD_MAX_S"),
                 soft_timeout: read.millis("CACHE_SOFT_TIMEOUT_MS"),
-                hard_timeout: read.millis("CACHE_HARD_TIMEOUT_MS"),
+                hard_timeout,
                 eager_factor: read.number("CACHE_EAGER_FACTOR") as u32,
                 loads_max: match read.number("CACHE_LOADS_MAX") {
                     0 => database.max_connections as usize,

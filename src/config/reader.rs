@@ -8,8 +8,8 @@ use super::{
     Config, Database, IdentityEndpoint, Login, Redis, RedisLogin, RedisServer, Role, Source, Tls, connection_string,
     redis_string,
     settings::{
-        HOST_NAMES, Kind, LARGEST_SHARE, MOST_CONNECTIONS, REDIS_PREFIXES, ROUTE_PREFIX, SETTINGS, SQL_PREFIXES,
-        Setting, connection_string_names, is_known,
+        Kind, LARGEST_SHARE, MOST_CONNECTIONS, REDIS_PREFIXES, ROUTE_PREFIX, SETTINGS, SQL_PREFIXES, Setting,
+        connection_string_names, is_known, known_names,
     },
 };
 
@@ -24,6 +24,10 @@ pub(super) struct Reader<'a> {
 impl Reader<'_> {
     fn setting(name: &str) -> &'static Setting {
         SETTINGS.iter().find(|setting| setting.name == name).unwrap_or_else(|| panic!("{name} is not in SETTINGS"))
+    }
+
+    fn is_set(&self, name: &str) -> bool {
+        self.variables.get(name).is_some_and(|text| !text.trim().is_empty())
     }
 
     /// The text of a setting: what is set, else its default.
@@ -97,7 +101,7 @@ impl Reader<'_> {
         value
     }
 
-    pub(super) fn redis(&mut self, instances: Option<u64>) -> Option<Redis> {
+    pub(super) fn redis(&mut self) -> Option<Redis> {
         let (name, text) = self.connection_string("Redis", REDIS_PREFIXES);
         // All of them are read where there is no Redis too, so that what is wrong with them is told.
         let frugal = self.text("REDIS_FRUGAL").eq_ignore_ascii_case("on");
@@ -112,11 +116,11 @@ impl Reader<'_> {
         let (connect_timeout, response_timeout) =
             (self.millis("REDIS_CONNECT_TIMEOUT_MS"), self.millis("REDIS_RESPONSE_TIMEOUT_MS"));
         let log_max_length = self.number("REDIS_LOG_MAX_LENGTH");
+        let max_clients = self.number("REDIS_MAX_CLIENTS");
         if text.is_empty() {
             return None;
         }
         let (pool_size, frugal_poll) = (if frugal { 1 } else { pool_size }, frugal.then_some(poll));
-        self.check_connections(pool_size as u64 + u64::from(!frugal), instances.unwrap_or(0));
         let server = match redis_string::parse(&text) {
             Ok(server) => self.redis_server(&name, server, entra, allow_unencrypted),
             Err(mistakes) => {
@@ -140,6 +144,7 @@ impl Reader<'_> {
             connect_timeout,
             response_timeout,
             log_max_length,
+            max_clients,
         })
     }
 
@@ -228,18 +233,27 @@ impl Reader<'_> {
         (source, allowed)
     }
 
-    pub(super) fn database(&mut self, role: Role, redis: Option<&Redis>) -> Database {
+    /// `query_timeout`: the bound of one load.
+    pub(super) fn database(&mut self, role: Role, redis: Option<&Redis>, query_timeout: Duration) -> Database {
         let (source, allow_unverified) = self.source();
-        let query_timeout = self.millis("CACHE_HARD_TIMEOUT_MS");
-        let is_set = |name: &str| self.variables.get(name).is_some_and(|text| !text.trim().is_empty());
+        if matches!(source, Source::Embedded) && role == Role::Handler && self.is_set("WEBSITE_SITE_NAME") {
+            self.mistakes.push(
+                "Sql is not set, and this is Azure: the embedded catalogue is only for a first look (if it is meant, \
+                 Sql=sqlite:product-cache.db)"
+                    .to_owned(),
+            );
+        }
         // Azure's portal writes 30 s into every string. A load is given up long before, and the message should say
         // that it was the connection that took too long.
-        let said =
-            source.server().and_then(|server| server.connect_timeout).map(|said| said.min(query_timeout * 4 / 5));
-        let connect_timeout = said.filter(|_| !is_set("DATABASE_CONNECT_TIMEOUT_MS"));
+        let most = query_timeout * 4 / 5;
+        let said = source.server().and_then(|server| server.connect_timeout);
+        let connect_timeout = match self.millis("DATABASE_CONNECT_TIMEOUT_MS") {
+            set if self.is_set("DATABASE_CONNECT_TIMEOUT_MS") => set,
+            default => said.unwrap_or(default).min(most),
+        };
         let said =
             source.server().and_then(|server| server.max_connections).map(|said| said.min(MOST_CONNECTIONS as u32));
-        let max_connections = said.filter(|_| !is_set("DATABASE_MAX_CONNECTIONS"));
+        let max_connections = said.filter(|_| !self.is_set("DATABASE_MAX_CONNECTIONS"));
         let could_be_told = role == Role::Handler && redis.is_some() && matches!(source, Source::SqlServer(_));
         let trigger = could_be_told && !self.trigger_is_disabled();
         let feed_ms = self.number_or("FEED_INTERVAL_MS", if trigger { 0 } else { 1000 });
@@ -247,7 +261,7 @@ impl Reader<'_> {
         let identity = self.identity("the database", is_needed);
         Database {
             max_connections: max_connections.unwrap_or(self.number("DATABASE_MAX_CONNECTIONS") as u32),
-            connect_timeout: connect_timeout.unwrap_or(self.millis("DATABASE_CONNECT_TIMEOUT_MS")),
+            connect_timeout,
             query_timeout,
             allow_unverified,
             max_age: self.seconds("DATABASE_CONNECTION_MAX_AGE_S"),
@@ -306,31 +320,17 @@ impl Reader<'_> {
         given.collect()
     }
 
-    /// Whether all instances together stay within what the Redis tier allows.
-    fn check_connections(&mut self, each: u64, instances: u64) {
-        let allowed = self.number("REDIS_MAX_CLIENTS");
-        if allowed > 0 && instances * each > allowed {
-            self.mistakes.push(format!(
-                "{instances} instances with {each} Redis connections each need {}, and REDIS_MAX_CLIENTS is {allowed}: \
-                 allow {} instances, set REDIS_FRUGAL=on (1 connection each), or take a larger tier",
-                instances * each,
-                allowed / each,
-            ));
-        }
-    }
-
-    /// A name one or two letters off one of ours is a mistake. Others' variables are not: only names that begin as
-    /// ours do, and nobody else's, are looked at (.NET has an `HTTP_PORTS`).
+    /// A name one or two letters off one of ours is a mistake, or in another case. Others' variables are not: only names
+    /// that begin as ours do, and nobody else's, are looked at for letters (.NET has an `HTTP_PORTS`).
     pub(super) fn find_misspelled(&mut self) {
         const OURS: [&str; 7] = ["CACHE_", "REDIS_", "DATABASE_", "REQUEST_", "INVALIDATE_", "FEED_", "FUNCTIONS_"];
         let ours = |name: &str| OURS.iter().any(|start| name.starts_with(start));
-        for name in self.variables.keys().filter(|name| ours(name) && !is_known(name)) {
-            let close = SETTINGS
-                .iter()
-                .map(|setting| setting.name)
-                .chain(HOST_NAMES)
-                .find(|known| strsim::damerau_levenshtein(&name.to_uppercase(), &known.to_uppercase()) <= 2);
-            if let Some(known) = close {
+        for name in self.variables.keys().filter(|name| !is_known(name)) {
+            let is_close = |known: &String| {
+                let letters = || strsim::damerau_levenshtein(&name.to_uppercase(), &known.to_uppercase());
+                known.eq_ignore_ascii_case(name) || ours(name) && letters() <= 2
+            };
+            if let Some(known) = known_names().find(is_close) {
                 self.mistakes.push(format!("{name} is not a setting; did you mean {known}?"));
             }
         }
@@ -355,6 +355,14 @@ impl Reader<'_> {
              database could answer",
         );
         rule(
+            cache.soft_timeout < cache.hard_timeout || !config.given.contains_key("CACHE_SOFT_TIMEOUT_MS"),
+            "CACHE_SOFT_TIMEOUT_MS must be below CACHE_HARD_TIMEOUT_MS, else a load is given up before it is found slow",
+        );
+        rule(
+            config.database.connect_timeout <= cache.hard_timeout,
+            "DATABASE_CONNECT_TIMEOUT_MS must be at most CACHE_HARD_TIMEOUT_MS, else the load is given up before it",
+        );
+        rule(
             config.database.feed_interval.is_none_or(|interval| interval * 2 <= cache.unheard_max),
             "FEED_INTERVAL_MS must be at most half of CACHE_UNHEARD_MAX_S, else memory is distrusted between two looks",
         );
@@ -369,6 +377,17 @@ impl Reader<'_> {
         rule(
             cache.max_body_bytes as u64 * LARGEST_SHARE <= cache.l1_max_bytes,
             "CACHE_MAX_BODY_BYTES must be at most an eighth of CACHE_L1_MAX_BYTES, else the largest bodies are never kept",
+        );
+        let (instances, redis) = (config.max_instances.unwrap_or(0), config.redis.as_ref());
+        let (each, allowed) = redis.map_or((0, 0), |redis| (redis.connections(), redis.max_clients));
+        let needed = instances.saturating_mul(each);
+        rule(
+            allowed == 0 || needed <= allowed,
+            &format!(
+                "{instances} instances with {each} Redis connections each need {needed}, and REDIS_MAX_CLIENTS is \
+                 {allowed}: allow {} instances, set REDIS_FRUGAL=on (1 connection each), or take a larger tier",
+                allowed / each.max(1),
+            ),
         );
     }
 }

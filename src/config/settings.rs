@@ -45,7 +45,7 @@ const fn text(name: &'static str, default: &'static str, meaning: &'static str) 
 /// Every setting, in the order of the README's table.
 #[rustfmt::skip] // a table reads as a table
 pub const SETTINGS: &[Setting] = &[
-    Setting { name: "Sql", default: "", kind: Kind::Secret, meaning: "Database: `sqlite:<file>`, `postgres://user:password@host/database`, `mysql://user:password@host/database`, or for SQL Server `Server=…;Database=…;User ID=…;Password=…`. May also be a connection string of the app named `Sql`. Empty: the embedded catalogue in `product-cache.db` in the working directory, or in memory where that cannot be written." },
+    Setting { name: "Sql", default: "", kind: Kind::Secret, meaning: "Database: `sqlite:<file>`, `postgres://user:password@host/database`, `mysql://user:password@host/database`, or for SQL Server `Server=…;Database=…;User ID=…;Password=…`. May also be a connection string of the app named `Sql`. Empty: the embedded catalogue in `product-cache.db` in the working directory, or in memory where that cannot be written; on Azure that has to be asked for." },
     Setting { name: "Redis", default: "", kind: Kind::Secret, meaning: "Redis: `host:port,password=…,ssl=True` (as StackExchange.Redis reads it) or `redis://[user:password@]host:port`, `rediss:` with TLS; of a cluster any node, or several. May also be a connection string of the app named `Redis`. Empty: no L2 and no invalidation log; the change feed keeps memory right." },
 
     number("CACHE_DURATION_S", "300", 1, 30 * DAY_S, "How long an entry is fresh. Changes are told, so this only bounds what no notice covers."),
@@ -82,7 +82,7 @@ pub const SETTINGS: &[Setting] = &[
     number("REDIS_LOG_MAX_LENGTH", "100000", 100, 100_000_000, "Notices kept in the invalidation log: what a disconnected instance can catch up on (a few hundred bytes each, or as many keys as a batch has rows)."),
 
     number("DATABASE_MAX_CONNECTIONS", "8", 1, MOST_CONNECTIONS, "Bound of the one pool: 8 serve thousands of point reads a second, and 100 instances stay below 1,000 sessions. If not set, a pool size in `Sql` counts."),
-    number("DATABASE_CONNECT_TIMEOUT_MS", "4000", 50, 120_000, "To open a connection or to wait for a free one: below the hard timeout, so that the message names the cause. If not set, a connect timeout in `Sql` counts, up to four fifths of the hard timeout."),
+    number("DATABASE_CONNECT_TIMEOUT_MS", "4000", 50, 120_000, "To open a connection or to wait for a free one: below the hard timeout, so that the message names the cause. If not set, a connect timeout in `Sql` counts; that and the default, up to four fifths of the hard timeout."),
     number("DATABASE_CONNECTION_MAX_AGE_S", "1800", 10, DAY_S, "Age at which a connection is replaced (up to a tenth less, so that they do not end together): what a server or balancer was changed to is noticed within half an hour."),
     Setting { name: "DATABASE_ALLOW_UNVERIFIED", default: "off", kind: Kind::Word(&["on", "off"]), meaning: "`on`: a `Sql` that turns off TLS, or the check of the server's certificate, is also accepted for other hosts than this one: whoever is between may read and change what is said, the password included." },
     number("FEED_INTERVAL_MS", "", 0, 3_600_000, "How often the database is asked what changed; 0: never. Empty: 1000, but 0 with SQL Server and Redis under a Functions host, where the SQL trigger (unless it is disabled) and the invalidation log do that job."),
@@ -118,10 +118,14 @@ pub(super) const SECTION_COLON: &str = "ConnectionStrings:";
 pub(super) const ROUTE_PREFIX: &str = "AzureFunctionsJobHost__extensions__http__routePrefix";
 
 pub(super) fn is_known(name: &str) -> bool {
-    HOST_NAMES.contains(&name)
-        || SETTINGS.iter().any(|setting| setting.name == name)
-        || connection_string_names("Sql", SQL_PREFIXES).any(|known| known == name)
-        || connection_string_names("Redis", REDIS_PREFIXES).any(|known| known == name)
+    known_names().any(|known| known == name)
+}
+
+/// Every name that means something.
+pub(super) fn known_names() -> impl Iterator<Item = String> {
+    let names = HOST_NAMES.into_iter().chain(SETTINGS.iter().map(|setting| setting.name)).map(str::to_owned);
+    let (sql, redis) = (connection_string_names("Sql", SQL_PREFIXES), connection_string_names("Redis", REDIS_PREFIXES));
+    names.chain(sql).chain(redis)
 }
 
 /// Every name a connection string may have.

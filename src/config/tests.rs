@@ -34,15 +34,13 @@ fn level_durations_follow_the_common_one_until_set_apart() {
 
 #[test]
 fn no_number_is_read_in_vain() {
-    /// What only bounds others and is kept nowhere.
-    const CHECKED: [&str; 1] = ["REDIS_MAX_CLIENTS"];
     let shown = |frugal: &'static str, setting: Option<(&str, &str)>| {
         let given = [("Redis", "localhost"), ("REDIS_FRUGAL", frugal)].into_iter().chain(setting);
         let mut config = parse(&given.collect::<Vec<_>>()).ok()?;
         config.given.clear();
         Some(format!("{config:?}"))
     };
-    for setting in SETTINGS.iter().filter(|setting| !CHECKED.contains(&setting.name)) {
+    for setting in SETTINGS {
         let Kind::Number(least, most) = setting.kind else { continue };
         let usually: u64 = setting.default.parse().unwrap_or(least);
         let near = [usually + 1, usually + 2, usually.saturating_sub(1), usually * 2];
@@ -73,6 +71,9 @@ fn every_mistake_is_named_in_one_message_and_no_secret_is() {
         ("CACHE_DURATON_S", "60"),
         ("DATABASE_MAX_CONECTIONS", "5"),
         ("REQUEST_TIMOUT_MS", "9000"),
+        ("SQLAZURECONNSTR_sql", "Server=s"),
+        ("Log_Level", "debug"),
+        ("SQL_SERVER", "somebody's"),
         ("DATABASE_URL", "somebody's"),
         ("CACHE_LEASE_MS", "4000"),
         ("HTTP_CACHE_CONTROL", "no\ncache"),
@@ -81,7 +82,7 @@ fn every_mistake_is_named_in_one_message_and_no_secret_is() {
         ("Sql", "Server:x;Password=hunter2"),
         ("REDIS_PREFIX", "a b"),
     ])
-    .expect_err("twelve mistakes");
+    .expect_err("fourteen mistakes");
     let message = error.to_string();
     for name in [
         "FUNCTIONS_CUSTOMHANDLER_PORT is \"seven\"",
@@ -90,6 +91,8 @@ fn every_mistake_is_named_in_one_message_and_no_secret_is() {
         "CACHE_DURATON_S is not a setting; did you mean CACHE_DURATION_S?",
         "DATABASE_MAX_CONECTIONS is not a setting; did you mean DATABASE_MAX_CONNECTIONS?",
         "REQUEST_TIMOUT_MS is not a setting; did you mean REQUEST_TIMEOUT_MS?",
+        "SQLAZURECONNSTR_sql is not a setting; did you mean SQLAZURECONNSTR_Sql?",
+        "Log_Level is not a setting; did you mean LOG_LEVEL?",
         "CACHE_HARD_TIMEOUT_MS must be below",
         "HTTP_CACHE_CONTROL has characters",
         "LOG_LEVEL is \"loud\"",
@@ -99,8 +102,40 @@ fn every_mistake_is_named_in_one_message_and_no_secret_is() {
     ] {
         assert!(message.contains(name), "{name} is missing in: {message}");
     }
-    assert_eq!(error.mistakes.len(), 12, "{message}");
+    assert_eq!(error.mistakes.len(), 14, "{message}");
     assert!(!message.contains("hunter2"), "{message}");
+}
+
+#[test]
+fn one_mistake_is_told_once_with_redis_and_without() {
+    for redis in [&[][..], &[("Redis", "localhost")]] {
+        for (name, value) in [("CACHE_HARD_TIMEOUT_MS", "5s"), ("REDIS_MAX_CLIENTS", "many")] {
+            let error = parse(&[redis, &[(name, value)]].concat()).expect_err(name);
+            let told = error.mistakes.iter().filter(|mistake| mistake.starts_with(name)).count();
+            assert_eq!(told, 1, "{error}");
+        }
+    }
+}
+
+#[test]
+fn on_azure_the_sample_catalogue_must_be_asked_for() {
+    let hosted = [("FUNCTIONS_CUSTOMHANDLER_PORT", "4001"), ("WEBSITE_SITE_NAME", "shop")];
+    let error = parse(&hosted).expect_err("no database").to_string();
+    assert!(error.starts_with("1 wrong setting: Sql is not set"), "{error}");
+    assert!(parse(&hosted[..1]).is_ok() && parse(&hosted[1..]).is_ok(), "func start, and a shell on Azure");
+    assert!(parse(&[&hosted[..], &[("Sql", "sqlite:product-cache.db")]].concat()).is_ok());
+}
+
+#[test]
+fn a_timeout_that_a_shorter_one_always_precedes_is_a_mistake_if_somebody_set_it() {
+    let hard = ("CACHE_HARD_TIMEOUT_MS", "400");
+    let config = parse(&[hard]).expect("the defaults give way");
+    assert_eq!(config.database.connect_timeout, Duration::from_millis(320));
+    for (name, below) in [("CACHE_SOFT_TIMEOUT_MS", "399"), ("DATABASE_CONNECT_TIMEOUT_MS", "400")] {
+        assert!(parse(&[hard, (name, below)]).is_ok(), "{name}");
+        let error = parse(&[hard, (name, "401")]).expect_err(name).to_string();
+        assert!(error.starts_with(&format!("1 wrong setting: {name} must be")), "{error}");
+    }
 }
 
 #[test]
