@@ -204,11 +204,15 @@ async fn nobody_but_the_host_can_invalidate() {
     ] {
         assert_eq!(post(target, &[]).await, 404, "{target}");
     }
-    for header in
-        [("host", "shop.azurewebsites.net"), ("x-forwarded-for", "203.0.113.5"), ("x-forwarded-host", "localhost")]
-    {
+    for header in [
+        ("host", "shop.azurewebsites.net"),
+        ("x-forwarded-for", "203.0.113.5"),
+        ("x-forwarded-host", "localhost"),
+        ("origin", "http://localhost:3000"),
+    ] {
         assert_eq!(post("/InvalidateCache", &[header]).await, 404, "{header:?}");
     }
+    instance.stderr.wait_for("InvalidateCache: a request that is not the host's is refused: it is addressed to").await;
     for method in ["GET", "HEAD", "PUT", "DELETE"] {
         assert_eq!(http::send(instance.port, method, "/InvalidateCache", &[], "").await.status, 405, "{method}");
     }
@@ -216,6 +220,29 @@ async fn nobody_but_the_host_can_invalidate() {
     assert_eq!(instance.status().await["expiredKeys"], 0);
     for host in ["127.0.0.1:7071", "localhost", "[::1]:7071"] {
         assert_eq!(post("/InvalidateCache", &[("host", host)]).await, 200, "{host}");
+    }
+}
+
+/// The host tells nobody why: what is not in the log is nowhere.
+#[tokio::test]
+async fn a_body_that_does_not_come_or_is_cut_off_is_refused_and_logged() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let instance = start().env("INVALIDATE_BUDGET_MS", 1000).up().await;
+    for (body, closes, status, logged) in [
+        ("content-length: 99\r\n\r\n{", false, "408", "did not come within INVALIDATE_BUDGET_MS"),
+        ("content-length: 99\r\n\r\n{", true, "400", "the body was cut off"),
+        ("transfer-encoding: chunked\r\n\r\n-1\r\n", false, "400", "the body was cut off"),
+    ] {
+        let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", instance.port)).await.unwrap();
+        let request = format!("POST /InvalidateCache HTTP/1.1\r\nhost: 127.0.0.1\r\n{body}");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        if closes {
+            stream.shutdown().await.unwrap();
+        }
+        let mut line = [0; 12];
+        stream.read_exact(&mut line).await.unwrap();
+        assert_eq!(String::from_utf8_lossy(&line), format!("HTTP/1.1 {status}"), "{logged}");
+        instance.stderr.wait_for(logged).await;
     }
 }
 

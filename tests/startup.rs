@@ -209,6 +209,57 @@ async fn requests_in_flight_are_answered_before_it_ends() {
 }
 
 #[tokio::test]
+async fn a_second_signal_ends_it_at_once_and_what_a_drain_cuts_off_is_told() {
+    use tokio::io::AsyncWriteExt;
+    let redis = RedisServer::start().await;
+    for (drain, told) in [(300, "again: requests in flight are cut off"), (1, "requests still in flight are cut off")] {
+        let settings = start().env("HTTP_DRAIN_S", drain).env("Redis", redis.url()).env("FEED_INTERVAL_MS", 0);
+        let mut instance = settings.up().await;
+        redis.signal("STOP");
+        let body = r#"{"Data":{"changes":[{"Item":{"ProductID":680}}]}}"#;
+        let head =
+            format!("POST /InvalidateCache HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {}\r\n\r\n", body.len());
+        let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", instance.port)).await.unwrap();
+        stream.write_all(format!("{head}{body}").as_bytes()).await.unwrap();
+        eventually("it waits for Redis", async || {
+            (instance.status().await["redis"]["expiriesQueued"] == 1).then_some(())
+        })
+        .await;
+        instance.signal("TERM");
+        instance.stdout.wait_for("finishing requests").await;
+        if drain == 300 {
+            instance.signal("INT");
+        }
+        instance.stderr.wait_for(told).await;
+        instance.stderr.wait_for("Redis was not told of all that changed").await;
+        assert_eq!(instance.exit_code().await, Some(0));
+        redis.signal("CONT");
+    }
+}
+
+/// The host has been told 200 of none of it, but others' memory is right sooner.
+#[tokio::test]
+async fn what_redis_is_still_to_be_told_is_told_before_it_ends() {
+    let redis = RedisServer::start().await;
+    let proxy = Proxy::start(redis.port).await;
+    let settings = start().env("Redis", proxy.redis_url()).env("INVALIDATE_BUDGET_MS", 300).env("FEED_INTERVAL_MS", 0);
+    let mut instance = settings.up().await;
+    instance.product(680).await;
+    let is_fresh = async || {
+        let fresh = redis.command(&["HEXISTS", "{product-cache}:product:680", "f"]).await;
+        fresh == redis::Value::Int(1)
+    };
+    eventually("Redis has it", async || is_fresh().await.then_some(())).await;
+    proxy.set(Fault::Refuse);
+    assert_eq!(instance.invalidate(&[680]).await.status, 503);
+    assert!(is_fresh().await);
+    proxy.set(Fault::None);
+    instance.signal("TERM");
+    assert_eq!(instance.exit_code().await, Some(0));
+    assert!(!is_fresh().await);
+}
+
+#[tokio::test]
 async fn a_connection_that_is_kept_does_not_hold_up_its_end() {
     let mut instance = start().env("HTTP_DRAIN_S", 60).up().await;
     let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", instance.port)).await.unwrap();
@@ -243,7 +294,7 @@ async fn information_goes_to_stdout_line_by_line_and_only_trouble_to_stderr() {
     // An error whose values have line breaks is still one line.
     let body = "{\n\"Data\":{}}";
     assert_eq!(http::send(port, "POST", "/InvalidateCache", &[], body).await.status, 400);
-    instance.stderr.wait_for("InvalidateCache: refused").await;
+    instance.stderr.wait_for("InvalidateCache: failed").await;
     assert_eq!(instance.stderr.text().lines().count(), 1, "{}", instance.stderr.text());
     for line in instance.stdout.text().lines() {
         assert!(!line.starts_with("LanguageWorkerConsoleLog") && !line.starts_with("azfuncjsonlog:"), "{line}");

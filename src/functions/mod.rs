@@ -384,6 +384,23 @@ mod tests {
     }
 
     #[test]
+    fn an_invocations_id_is_the_last_one_which_the_host_adds() {
+        let ids = |values: &[&str]| {
+            let name = "x-azure-functions-invocationid";
+            let request =
+                values.iter().fold(TestRequest::default(), |request, value| request.append_header((name, *value)));
+            invocation_id(request.to_request().head()).map(str::to_owned)
+        };
+        for values in [&["hosts"][..], &["a client's", "hosts"], &["a,b, hosts"]] {
+            assert_eq!(ids(values).as_deref(), Some("hosts"), "{values:?}");
+        }
+        assert_eq!(ids(&["x".repeat(65).as_str()]).map(|id| id.len()), Some(64));
+        for values in [&[][..], &[""], &["hosts,"], &["two words"]] {
+            assert_eq!(ids(values), None, "{values:?}");
+        }
+    }
+
+    #[test]
     fn only_this_machine_and_only_for_itself_may_call_what_is_the_hosts() {
         let from = |peer: &str, host: &str| {
             let request = TestRequest::default().peer_addr(peer.parse().expect("an address"));

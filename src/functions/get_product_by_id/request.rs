@@ -222,7 +222,7 @@ mod tests {
                 assert_eq!(wanted(&both.map(|value| (header::IF_NONE_MATCH, value))), Wanted::NotAgain, "{both:?}");
             }
         }
-        for other in ["\"other\"", "", text.trim_matches('"')] {
+        for other in ["\"other\"", "", text.trim_matches('"'), "\"a,*,b\"", "*, \"a\"", "\"*\""] {
             assert_eq!(wanted(&[(header::IF_NONE_MATCH, other)]), Wanted::Content, "{other}");
             assert_eq!(wanted(&[(header::IF_MATCH, other)]), Wanted::Another, "{other}");
         }
