@@ -3,7 +3,12 @@
 //! For engines that number a change when it is written and not when it is committed. Knows no SQL. Invariant: a version
 //! up to the highest is seen, or within a gap, or was settled by a caller who asked the engine twice.
 
-use std::{collections::BTreeSet, fmt, ops::RangeInclusive, str::FromStr};
+use std::{
+    collections::BTreeSet,
+    fmt,
+    ops::{Bound, RangeInclusive},
+    str::FromStr,
+};
 
 /// Looks that a gap is given before the engine is asked whether anybody still holds it: commits take less than that.
 const LOOKS: u32 = 5;
@@ -14,7 +19,7 @@ const MAX: usize = 64;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Gaps {
     highest: i64,
-    /// In order, apart from each other.
+    /// In order, apart from each other, below the highest.
     missing: Vec<Gap>,
 }
 
@@ -26,7 +31,7 @@ struct Gap {
 }
 
 impl Gaps {
-    /// From a table whose highest version is this, and which lacks these, in order and apart from each other.
+    /// From a table whose highest version is this, and which lacks these, in order, apart from each other and below it.
     pub(super) fn begin(highest: i64, missing: impl IntoIterator<Item = RangeInclusive<i64>>) -> Self {
         let missing = missing.into_iter().map(|versions| Gap { versions, looks: 0 }).collect();
         let mut gaps = Self { highest, missing };
@@ -55,7 +60,7 @@ impl Gaps {
             }
             self.add(from..=to, looks);
         }
-        for version in versions.range(self.highest + 1..) {
+        for version in versions.range((Bound::Excluded(self.highest), Bound::Unbounded)) {
             self.add(self.highest + 1..=version - 1, 0);
             self.highest = *version;
         }
@@ -92,7 +97,7 @@ impl Gaps {
     pub(super) fn look(&mut self) -> Vec<RangeInclusive<i64>> {
         let mut due = Vec::new();
         for gap in &mut self.missing {
-            gap.looks += 1;
+            gap.looks = gap.looks.saturating_add(1);
             if gap.looks.is_multiple_of(LOOKS) {
                 due.push(gap.versions.clone());
             }
@@ -119,15 +124,21 @@ impl fmt::Display for Gaps {
 impl FromStr for Gaps {
     type Err = ();
 
+    /// Refuses what no [`Gaps`] are: what it would do, it would do at every look.
     fn from_str(text: &str) -> Result<Self, ()> {
         let mut parts = text.split(' ');
         let highest = parts.next().and_then(|highest| highest.parse().ok()).ok_or(())?;
+        let mut below = 0;
         let gap = |part: &str| {
             let (versions, looks) = part.split_once('*')?;
             let (from, to) = versions.split_once('-')?;
-            Some(Gap { versions: from.parse().ok()?..=to.parse().ok()?, looks: looks.parse().ok()? })
+            let (from, to) = (from.parse().ok()?, to.parse().ok()?);
+            let fits = below < from && from <= to && to < highest;
+            below = to;
+            fits.then_some(Gap { versions: from..=to, looks: looks.parse().ok()? })
         };
-        Ok(Self { highest, missing: parts.map(gap).collect::<Option<_>>().ok_or(())? })
+        let missing = parts.map(gap).collect::<Option<_>>().ok_or(())?;
+        if highest >= 0 { Ok(Self { highest, missing }) } else { Err(()) }
     }
 }
 
@@ -149,6 +160,21 @@ mod tests {
         assert_eq!(gaps.missing(), [3..=3]);
         gaps.seen(&set([3, 6]));
         assert_eq!(gaps.to_string(), "6");
+    }
+
+    #[test]
+    fn what_nobody_wrote_is_refused() {
+        for text in ["0", "7", "9223372036854775807", "9 1-2*0", "9 1-2*0 3-3*0 5-8*4294967295"] {
+            let mut gaps: Gaps = text.parse().expect(text);
+            gaps.seen(&set([2, 9]));
+            gaps.look();
+        }
+        for text in [
+            "", "x", "-1", "9223372036854775808", "9 ", "9 1*0", "9 1-2", "9 5-3*0", "9 0-3*0", "9 -1-3*0", "9 1--3*0",
+            "9 1-9*0", "9 1-10*0", "9 4-5*0 1-2*0", "9 1-4*0 4-5*0", "9 1-2*-1", "9 1-2*4294967296",
+        ] {
+            assert_eq!(text.parse::<Gaps>(), Err(()), "{text:?}");
+        }
     }
 
     #[test]
