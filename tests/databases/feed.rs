@@ -352,6 +352,97 @@ async fn a_position_that_the_server_would_refuse_is_not_asked_for_again_and_agai
     }
 }
 
+/// Writes this many changes of product 706, with versions that leave out every second one, as servers do that share
+/// the writing among them.
+async fn write_with_gaps(server: &DatabaseServer, changes: i64) {
+    server
+        .sql(&format!(
+            "SET auto_increment_increment = 2; INSERT INTO product_change (ProductID) SELECT 706 FROM seq_1_to_{changes}"
+        ))
+        .await;
+}
+
+/// What was read at once was the whole table that is kept, at each of ten looks, told each time; where that took longer
+/// than a query may, the feed stood still.
+#[tokio::test]
+async fn however_many_versions_are_left_out_a_page_at_a_time_is_read() {
+    let server = DatabaseServer::start(Engine::MariaDb).await;
+    // Each change is of another product, so that the keys of a page count what was read.
+    server
+        .sql(
+            "SET auto_increment_increment = 2;
+             INSERT INTO product_change (ProductID) SELECT 10000 + seq FROM seq_1_to_35000",
+        )
+        .await;
+    let mut reader = Reader::new(&server).await;
+    // It is open while the others are settled.
+    let mut writer = server.session().await;
+    writer.sql("BEGIN").await;
+    writer.sql(&rename(680)).await;
+    server.sql(&rename(706)).await;
+    let (mut pages, mut told) = (0, BTreeSet::new());
+    loop {
+        let changes = reader.database.changes_since(&TABLE, &reader.position).await.unwrap();
+        assert!(!changes.overrun && changes.keys.len() <= 20_000, "{} keys at once", changes.keys.len());
+        told.extend(changes.keys);
+        reader.position = changes.position;
+        pages += 1;
+        if !changes.more {
+            break;
+        }
+    }
+    assert!(told.contains(&706) && !told.contains(&680), "{pages} pages");
+    for _ in 0..20 {
+        assert!(!reader.told().await.expect("nothing was pruned").contains(&680));
+    }
+    let again = reader.told().await.expect("nothing was pruned").len();
+    assert!(again <= 1000, "the others are settled, but for the part that it is in: {again} are told again");
+    writer.sql("COMMIT").await;
+    assert!(reader.told().await.expect("nothing was pruned").contains(&680));
+    for _ in 0..20 {
+        reader.told().await;
+    }
+    assert_eq!(reader.told().await, Some(vec![]));
+    assert!(reader.position.to_string().split(' ').count() == 3, "{}", reader.position);
+}
+
+/// As above, with one that is open in the midst of what is left out.
+#[tokio::test]
+async fn a_transaction_open_in_a_gap_of_many_pages_is_told_when_it_commits_and_keeps_little_else_open() {
+    let server = DatabaseServer::start(Engine::MariaDb).await;
+    let (mut early, mut writer) = (server.session().await, server.session().await);
+    early.sql("BEGIN").await;
+    early.sql(&rename(707)).await;
+    write_with_gaps(&server, 15_000).await;
+    writer.sql("BEGIN").await;
+    writer.sql(&rename(680)).await;
+    write_with_gaps(&server, 15_000).await;
+    let mut reader = Reader::new(&server).await;
+    // What is committed between two pages and lies before the second is told before the feed says that there is no more.
+    let page = reader.database.changes_since(&TABLE, &reader.position).await.unwrap();
+    assert!(page.more && !page.overrun && page.keys == [706], "{page:?}");
+    reader.position = page.position;
+    early.sql("COMMIT").await;
+    assert!(reader.told().await.expect("nothing was pruned").contains(&707));
+    // Whoever looks sees to its end what takes more than a page: until little is left.
+    for _ in 0..20 {
+        assert!(!reader.told().await.expect("nothing was pruned").contains(&680));
+    }
+    let page = reader.database.changes_since(&TABLE, &reader.position).await.unwrap();
+    assert!(!page.more && page.keys.len() <= 1, "{page:?}");
+    let open: Vec<_> = reader.position.to_string().split(' ').skip(3).map(str::to_owned).collect();
+    let (from, to) = open[0].split_once('*').unwrap().0.split_once('-').unwrap();
+    let width = to.parse::<i64>().unwrap() - from.parse::<i64>().unwrap();
+    assert!(open.len() == 1 && width <= 10_000, "{open:?}");
+    writer.sql("COMMIT").await;
+    assert!(reader.told().await.expect("nothing was pruned").contains(&680));
+    for _ in 0..20 {
+        reader.told().await;
+    }
+    assert_eq!(reader.told().await, Some(vec![]));
+    assert!(reader.position.to_string().split(' ').count() == 3, "{}", reader.position);
+}
+
 #[tokio::test]
 async fn emptying_the_table_is_told() {
     let server = DatabaseServer::start(Engine::Postgres).await;

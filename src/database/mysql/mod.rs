@@ -94,11 +94,12 @@ impl MySql {
         select: &str,
         condition: &str,
         mut parameters: Vec<Vec<i64>>,
+        order: &str,
     ) -> Result<Vec<MySqlRow>, Error> {
         let Some(last) = parameters.last().cloned() else { return Ok(Vec::new()) };
         parameters.resize(parameters.len().next_power_of_two(), last);
         let conditions = vec![condition; parameters.len()].join(" OR ");
-        let sql = format!("{select} WHERE {conditions}");
+        let sql = format!("{select} WHERE {conditions} {order}");
         let rows = self.pool.run(|session| {
             let query = sqlx::query(AssertSqlSafe(sql.clone()));
             let query = parameters.iter().flatten().fold(query, |query, number| query.bind(*number));
@@ -107,35 +108,46 @@ impl MySql {
         rows.await
     }
 
-    /// Reads what has appeared in gaps, and settles those whose transactions were rolled back.
-    async fn read_gaps(&self, table: &'static Table, gaps: &mut Gaps) -> Result<BTreeMap<i64, i32>, Error> {
+    /// Reads a page of what has appeared in gaps, and settles those whose transactions were rolled back. `true`: there
+    /// is more, or was when the first page of it was read.
+    async fn read_gaps(&self, table: &'static Table, gaps: &mut Gaps) -> Result<(BTreeMap<i64, i32>, bool), Error> {
         let select = format!("SELECT version, {} FROM {}_change", table.key, table.name);
-        let bounds = gaps.missing().into_iter().map(|gap| vec![*gap.start(), *gap.end()]).collect();
-        let rows = self.any_of(&select, "version BETWEEN ? AND ?", bounds).await?;
+        let bounds = gaps.unlooked().into_iter().map(|gap| vec![*gap.start(), *gap.end()]).collect();
+        let order = format!("ORDER BY version LIMIT {}", FEED_PAGE + 1);
+        let rows = self.any_of(&select, "version BETWEEN ? AND ?", bounds, &order).await?;
         let mut changes = changes(&rows)?;
-        gaps.seen(&changes.keys().copied().collect());
-        for gap in gaps.look() {
-            let Some(rows) = self.unless_held(&select, &gap).await? else {
+        // What was committed after the first page was read is not in the last one.
+        let mut more = gaps.is_looking();
+        let mut upto = None;
+        if changes.len() as i64 > FEED_PAGE {
+            changes.pop_last();
+            upto = changes.keys().next_back().copied();
+            more = true;
+        }
+        let seen = changes.keys().copied().collect();
+        gaps.seen(&seen);
+        for part in gaps.look(upto).into_iter().flat_map(|due| Gaps::parts(due, &seen)) {
+            let Some(rows) = self.unless_held(&select, &part).await? else {
                 tracing::debug!("a transaction that changes products is still open");
                 continue;
             };
-            gaps.nobody_holds(&gap);
-            let closed = self::changes(&rows)?;
-            gaps.seen(&closed.keys().copied().collect());
-            changes.extend(closed);
+            gaps.nobody_holds(&part);
+            changes.extend(self::changes(&rows)?);
         }
-        Ok(changes)
+        gaps.seen(&changes.keys().copied().collect());
+        Ok((changes, more))
     }
 
-    /// The rows in this gap, unless somebody has written there and has not committed yet. Waits for nobody.
+    /// The rows in this gap, unless somebody has written there and has not committed yet, or has just now committed more
+    /// than a page. Waits for nobody.
     async fn unless_held(&self, select: &str, gap: &RangeInclusive<i64>) -> Result<Option<Vec<MySqlRow>>, Error> {
         let rows = self.pool.run(|session| {
             let locking = if session.is_mariadb { "LOCK IN SHARE MODE NOWAIT" } else { "FOR SHARE NOWAIT" };
-            let sql = format!("{select} WHERE version BETWEEN ? AND ? {locking}");
+            let sql = format!("{select} WHERE version BETWEEN ? AND ? LIMIT {} {locking}", FEED_PAGE + 1);
             let query = sqlx::query(AssertSqlSafe(sql)).bind(*gap.start()).bind(*gap.end());
             async move {
                 match query.fetch_all(&mut session.connection).await {
-                    Ok(rows) => Ok(Some(rows)),
+                    Ok(rows) => Ok(Some(rows).filter(|rows| rows.len() as i64 <= FEED_PAGE)),
                     Err(sqlx::Error::Database(error))
                         if number(&*error).is_some_and(|number| LOCKED.contains(&number)) =>
                     {
@@ -175,12 +187,13 @@ impl Engine for MySql {
         let columns: Vec<_> = table.columns.iter().map(|(name, _)| *name).collect();
         let sql = format!("SELECT {}, {} FROM {}", table.key, columns.join(", "), table.name);
         let is_key = format!("{} = ?", table.key);
-        let rows = self.any_of(&sql, &is_key, keys.iter().map(|key| vec![*key]).collect()).await?;
+        let rows = self.any_of(&sql, &is_key, keys.iter().map(|key| vec![*key]).collect(), "").await?;
         Ok(rows.iter().map(|row| over_sqlx::row(table, row, decode_value)).collect())
     }
 
     async fn latest_change(&self, table: &'static Table) -> Result<Position, Error> {
-        // Every gap in what is kept: a version that is not there may be of a transaction still open.
+        // Every gap in what is kept: a version that is not there may be of a transaction still open. After a page of them,
+        // the last one stands for the rest.
         let sql = format!(
             "SELECT {ORIGIN}, pruned.version, latest.version, gap.low, gap.high
              FROM {name}_change_pruned AS pruned
@@ -188,16 +201,20 @@ impl Engine for MySql {
              LEFT JOIN (
                SELECT coalesce(lag(version) OVER (ORDER BY version), 0) + 1 AS low, version - 1 AS high
                FROM {name}_change) AS gap ON gap.low <= gap.high
-             ORDER BY gap.low",
+             ORDER BY gap.low LIMIT ?",
             name = table.name
         );
         let rows = self.pool.run(|session| {
-            let query = sqlx::query_as(AssertSqlSafe(sql.clone()));
+            let query = sqlx::query_as(AssertSqlSafe(sql.clone())).bind(FEED_PAGE);
             async move { query.fetch_all(&mut session.connection).await.map_err(failure) }.boxed()
         });
         let rows: Vec<(String, i64, i64, Option<i64>, Option<i64>)> = rows.await?;
         let (origin, pruned, latest, ..) = rows.first().cloned().ok_or_else(|| lacks_row(table))?;
-        let missing = rows.into_iter().filter_map(|(.., first, last)| Some(first?..=last?));
+        let is_full = rows.len() as i64 == FEED_PAGE;
+        let mut missing: Vec<_> = rows.into_iter().filter_map(|(.., first, last)| Some(first?..=last?)).collect();
+        if let Some(last) = missing.last_mut().filter(|_| is_full) {
+            *last = *last.start()..=latest - 1;
+        }
         Ok(Mark { origin, pruned, gaps: Gaps::begin(latest, missing) }.into())
     }
 
@@ -207,7 +224,7 @@ impl Engine for MySql {
             Ok(Changes { keys: Vec::new(), position, overrun: true, more: false })
         };
         let Some(mut mark) = Mark::read(position) else { return everything().await };
-        let mut changes = self.read_gaps(table, &mut mark.gaps).await?;
+        let (mut changes, more_in_gaps) = self.read_gaps(table, &mut mark.gaps).await?;
         let sql = format!(
             "SELECT {ORIGIN}, pruned.version, latest.version, changed.version, {key}
              FROM {name}_change_pruned AS pruned
@@ -225,14 +242,14 @@ impl Engine for MySql {
         let rows: Vec<Line> = rows.await?;
         let (origin, pruned, latest, ..) = rows.first().cloned().ok_or_else(|| lacks_row(table))?;
         // What was not seen yet may have been deleted since the last look; or this is not what was read before.
-        let unseen = mark.gaps.missing().first().map_or(before + 1, |gap| *gap.start());
+        let unseen = mark.gaps.lowest().unwrap_or(before.saturating_add(1));
         let missed = pruned > mark.pruned && unseen <= pruned;
         if missed || latest.max(pruned) < before || origin != mark.origin {
             return everything().await;
         }
         mark.pruned = pruned;
         let new: BTreeMap<_, _> = rows.into_iter().filter_map(|row| row.3.zip(row.4)).collect();
-        let more = new.len() as i64 == FEED_PAGE;
+        let more = more_in_gaps || new.len() as i64 == FEED_PAGE;
         mark.gaps.seen(&new.keys().copied().collect());
         changes.extend(new);
         let keys: BTreeSet<_> = changes.into_values().map(i64::from).collect();
