@@ -158,7 +158,8 @@ impl Live {
         let asked: Vec<_> = (0..replies.len()).filter(|index| is_asked(&replies[*index])).collect();
         let place = asked.first().and_then(|index| replies[*index].as_ref().err()?.redirect_node());
         let Some((place, _)) = place.map(|(place, slot)| (place.to_owned(), slot)) else { return Vec::new() };
-        let Some(mut connection) = self.redirect.to(&place, &self.host, &self.pool).await else { return Vec::new() };
+        let Some(detour) = self.redirect.to(&place, &self.host, &self.pool).await else { return Vec::new() };
+        let mut connection = detour.connection.clone();
         if let Some(patience) = patience {
             connection.set_response_timeout(patience);
         }
@@ -169,7 +170,7 @@ impl Live {
                 let answers = answers.into_iter().skip(usize::from(script.is_some()) + 1).step_by(2);
                 for (index, answer) in asked.iter().zip(answers) {
                     if answer.as_ref().is_err_and(is_wrong_server) {
-                        self.redirect.give_up();
+                        self.redirect.give_up(&detour);
                     }
                     replies[*index] = answer;
                 }
@@ -177,7 +178,7 @@ impl Live {
             }
             Err(error) => {
                 tracing::debug!(%error, "redis: the node that a slot moves to does not answer");
-                self.redirect.give_up();
+                self.redirect.give_up(&detour);
                 Vec::new()
             }
         }
