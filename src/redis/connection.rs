@@ -5,7 +5,7 @@
 
 use std::{
     sync::{
-        Arc, PoisonError, RwLock,
+        Arc,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
@@ -35,19 +35,18 @@ const RECONNECT_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Durati
 /// Bound of logging in anew on a live connection: the log's may hold a blocking read for a second.
 const LOGIN: Duration = Duration::from_secs(5);
 
-#[derive(Clone, Copy, PartialEq, Eq, Default)]
-pub(super) enum State {
-    #[default]
-    NeverTried,
-    Down,
-    Up,
-}
-
 /// One connection's place: the live one, if any.
 #[derive(Default)]
 pub(super) struct Line {
-    live: RwLock<Option<Arc<Live>>>,
-    pub(super) up: watch::Sender<State>,
+    state: watch::Sender<State>,
+}
+
+#[derive(Default)]
+enum State {
+    #[default]
+    NeverTried,
+    Down,
+    Up(Arc<Live>),
 }
 
 /// A connection and how it is doing. A new one starts anew, whatever late failures the old one's users still report.
@@ -72,17 +71,27 @@ pub(super) struct Sent {
 
 impl Line {
     pub(super) async fn live(&self) -> Option<Arc<Live>> {
-        if *self.up.borrow() == State::NeverTried {
+        if self.is_new() {
             // Bounded by the keeper's first attempt, which has deadlines of its own.
-            let _ = self.up.subscribe().wait_for(|state| *state != State::NeverTried).await;
+            let _ = self.state.subscribe().wait_for(|state| !matches!(state, State::NeverTried)).await;
         }
-        self.live.read().unwrap_or_else(PoisonError::into_inner).clone()
+        match &*self.state.borrow() {
+            State::Up(live) => Some(live.clone()),
+            State::NeverTried | State::Down => None,
+        }
     }
 
-    fn publish(&self, live: Option<Arc<Live>>) {
-        let state = if live.is_some() { State::Up } else { State::Down };
-        *self.live.write().unwrap_or_else(PoisonError::into_inner) = live;
-        self.up.send_replace(state);
+    pub(super) fn is_up(&self) -> bool {
+        matches!(*self.state.borrow(), State::Up(_))
+    }
+
+    pub(super) async fn up(&self) {
+        // The sender lives in the line.
+        let _ = self.state.subscribe().wait_for(|state| matches!(state, State::Up(_))).await;
+    }
+
+    fn is_new(&self) -> bool {
+        matches!(*self.state.borrow(), State::NeverTried)
     }
 }
 
@@ -249,14 +258,14 @@ pub(super) async fn keep(line: Arc<Line>, pool: Pool<Nodes>, redirect: Arc<AskRe
             Ok(found) => {
                 tracing::debug!(node = found.id, "redis: connected");
                 let (live, since) = (Live::new(&found, pool.clone(), redirect.clone()), Instant::now());
-                line.publish(Some(live.clone()));
+                line.state.send_replace(State::Up(live.clone()));
                 tokio::select! {
                     () = live.broken.notified() => {}
                     () = pool.manager().left(&found.id) => {}
                     () = pool.manager().refresh_topology(&found) => {}
                     () = live.stay_logged_in(found.token.clone()) => {}
                 }
-                line.publish(None);
+                line.state.send_replace(State::Down);
                 // One that greets and then refuses is no better than one that does not greet.
                 if since.elapsed() > longest {
                     pause = shortest;
@@ -266,10 +275,10 @@ pub(super) async fn keep(line: Arc<Line>, pool: Pool<Nodes>, redirect: Arc<AskRe
                 tracing::warn!("redis: connection lost, connecting anew");
             }
             Err(error) => {
-                if *line.up.borrow() == State::NeverTried {
+                if line.is_new() {
                     tracing::warn!(%error, "redis: cannot connect, trying on; reads go to the database");
                 }
-                line.publish(None);
+                line.state.send_replace(State::Down);
             }
         }
         tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;

@@ -31,7 +31,7 @@ pub(crate) use self::examine::examine;
 pub use self::script::Script;
 use self::{
     ask::AskRedirect,
-    connection::{Line, Live, Sent, State, has, keep, pipeline, these},
+    connection::{Line, Live, Sent, has, keep, pipeline, these},
     nodes::{Nodes, ask_sentinels},
     script::is_missing_script,
 };
@@ -199,23 +199,16 @@ impl Redis {
 
     /// Waits until the log's connection is up.
     pub async fn log_connected(&self) {
-        let mut up = self.inner.log.up.subscribe();
-        // The sender lives in the line, which `self` holds.
-        let _ = up.wait_for(|state| *state == State::Up).await;
+        self.inner.log.up().await;
     }
 
     /// Whether a shared connection is up.
     pub fn is_connected(&self) -> bool {
-        self.inner.shared.iter().any(|line| *line.up.borrow() == State::Up)
+        self.inner.shared.iter().any(|line| line.is_up())
     }
 
     /// Waits until a shared connection is up.
     pub async fn connected(&self) {
-        let waits = self.inner.shared.iter().map(|line| {
-            Box::pin(async {
-                let _ = line.up.subscribe().wait_for(|state| *state == State::Up).await;
-            })
-        });
-        futures_util::future::select_all(waits).await;
+        futures_util::future::select_all(self.inner.shared.iter().map(|line| Box::pin(line.up()))).await;
     }
 }
