@@ -32,8 +32,8 @@ const TIMEOUTS_UNTIL_DEAD: u32 = 3;
 /// Pauses between two attempts to connect: short first, because restarts are quick; bounded, because hundreds of
 /// instances must not hammer a server that is coming back.
 const RECONNECT_PAUSE: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
-/// Bound of logging in anew on a live connection: the log's may hold a blocking read for a second.
-const LOGIN: Duration = Duration::from_secs(5);
+/// Bound of what a keeper asks on a live connection: the log's may hold a blocking read for a second.
+const ASIDE: Duration = Duration::from_secs(5);
 
 /// One connection's place: the live one, if any.
 #[derive(Default)]
@@ -60,6 +60,14 @@ pub(super) struct Live {
     timeouts: AtomicU32,
     is_broken: AtomicBool,
     broken: Notify,
+}
+
+/// What the keepers of a pool tell each other of the connections that are lost.
+#[derive(Default)]
+pub(super) struct Losses {
+    count: watch::Sender<u64>,
+    /// Whether the log was told of one, and of no connection since.
+    told: AtomicBool,
 }
 
 /// What came back.
@@ -199,7 +207,7 @@ impl Live {
         while let (Some(tokens), Some(old)) = (&nodes.tokens, &token) {
             let new = tokens.after(old).await;
             let mut connection = self.connection.clone();
-            connection.set_response_timeout(LOGIN);
+            connection.set_response_timeout(ASIDE);
             let mut login = redis::cmd("AUTH");
             login.arg(nodes.user(&new)).arg(new.reveal());
             if let Err(error) = login.query_async::<()>(&mut connection).await {
@@ -210,6 +218,13 @@ impl Live {
             token = Some(new);
         }
         std::future::pending().await
+    }
+
+    /// Ends when another connection was lost and this one gives no sign of life either: nobody may have use for it now,
+    /// and so notice.
+    async fn lost_as_well(&self, mut losses: watch::Receiver<u64>) {
+        let question = pipeline([self.pool.manager().probe()]);
+        while losses.changed().await.is_ok() && self.send(&question, None, Some(ASIDE)).await.is_ok() {}
     }
 
     fn give_up(&self) {
@@ -241,7 +256,13 @@ pub(super) fn has(error: &RedisError, code: &str) -> bool {
 }
 
 /// Keeps one line connected for ever: check out, publish, wait until broken, discard, pause, again.
-pub(super) async fn keep(line: Arc<Line>, pool: Pool<Nodes>, redirect: Arc<AskRedirect>, served_by: Foreground) {
+pub(super) async fn keep(
+    line: Arc<Line>,
+    pool: Pool<Nodes>,
+    redirect: Arc<AskRedirect>,
+    losses: Arc<Losses>,
+    served_by: Foreground,
+) {
     let (shortest, longest) = RECONNECT_PAUSE;
     let mut pause = shortest;
     loop {
@@ -254,9 +275,13 @@ pub(super) async fn keep(line: Arc<Line>, pool: Pool<Nodes>, redirect: Arc<AskRe
             let pool = pool.clone();
             async move { pool.get().await }
         };
+        let lost_meanwhile = losses.count.subscribe();
         match served_by.run(connecting).await {
             Ok(found) => {
-                tracing::debug!(node = found.id, "redis: connected");
+                match losses.told.swap(false, Ordering::AcqRel) {
+                    true => tracing::info!(node = found.id, "redis: connected again"),
+                    false => tracing::debug!(node = found.id, "redis: connected"),
+                }
                 let (live, since) = (Live::new(&found, pool.clone(), redirect.clone()), Instant::now());
                 line.state.send_replace(State::Up(live.clone()));
                 tokio::select! {
@@ -264,6 +289,7 @@ pub(super) async fn keep(line: Arc<Line>, pool: Pool<Nodes>, redirect: Arc<AskRe
                     () = pool.manager().left(&found.id) => {}
                     () = pool.manager().refresh_topology(&found) => {}
                     () = live.stay_logged_in(found.token.clone()) => {}
+                    () = live.lost_as_well(lost_meanwhile) => {}
                 }
                 line.state.send_replace(State::Down);
                 // One that greets and then refuses is no better than one that does not greet.
@@ -273,10 +299,13 @@ pub(super) async fn keep(line: Arc<Line>, pool: Pool<Nodes>, redirect: Arc<AskRe
                 // Whoever has sent something still gets the answer.
                 drop(Object::take(found));
                 tracing::warn!("redis: connection lost, connecting anew");
+                losses.told.store(true, Ordering::Release);
+                losses.count.send_modify(|count| *count += 1);
             }
             Err(error) => {
                 if line.is_new() {
                     tracing::warn!(%error, "redis: cannot connect, trying on; reads go to the database");
+                    losses.told.store(true, Ordering::Release);
                 }
                 line.state.send_replace(State::Down);
             }

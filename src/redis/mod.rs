@@ -31,7 +31,7 @@ pub(crate) use self::examine::examine;
 pub use self::script::Script;
 use self::{
     ask::AskRedirect,
-    connection::{Line, Live, Sent, has, keep, pipeline, these},
+    connection::{Line, Live, Losses, Sent, has, keep, pipeline, these},
     nodes::{Nodes, ask_sentinels},
     script::is_missing_script,
 };
@@ -88,12 +88,13 @@ impl Redis {
             .build()
             .map_err(|error| error.to_string())?;
 
-        let mut keepers = Vec::new();
+        let (mut keepers, losses) = (Vec::new(), Arc::<Losses>::default());
         let mut open_line = |redirect: &Arc<AskRedirect>, served_by: &Foreground| {
             let line = Arc::new(Line::default());
-            let (kept, pool, redirect, served_by) = (line.clone(), pool.clone(), redirect.clone(), served_by.clone());
+            let (kept, pool, redirect) = (line.clone(), pool.clone(), redirect.clone());
+            let (losses, served_by) = (losses.clone(), served_by.clone());
             keepers.push(keep_running(background, "redis connection", move || {
-                keep(kept.clone(), pool.clone(), redirect.clone(), served_by.clone())
+                keep(kept.clone(), pool.clone(), redirect.clone(), losses.clone(), served_by.clone())
             }));
             line
         };

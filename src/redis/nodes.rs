@@ -17,8 +17,8 @@ use std::{
 
 use deadpool::managed::{Manager, Metrics, Pool, RecycleError, RecycleResult};
 use redis::{
-    AsyncConnectionConfig, Client, ConnectionAddr, ConnectionInfo, ErrorKind, IntoConnectionInfo, RedisConnectionInfo,
-    RedisError, RedisFuture, RedisResult, TlsCertificates, Value,
+    AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ConnectionInfo, ErrorKind, IntoConnectionInfo,
+    RedisConnectionInfo, RedisError, RedisFuture, RedisResult, TlsCertificates, Value,
     aio::MultiplexedConnection,
     io::{AsyncDNSResolver, tcp::TcpSettings},
 };
@@ -128,6 +128,13 @@ impl Nodes {
     /// Connects to the node that a redirection names.
     pub(super) async fn redirected(&self, place: &str, from: &str) -> RedisResult<MultiplexedConnection> {
         Ok(self.open(&node(place, from)?).await?.0)
+    }
+
+    /// A write that changes nothing.
+    pub(super) fn probe(&self) -> Cmd {
+        let mut probe = redis::cmd("UNLINK");
+        probe.arg(&self.probe_key);
+        probe
     }
 
     /// Asks the next sentinel, and makes known which server it names.
@@ -245,8 +252,7 @@ impl Nodes {
     /// writes, so it is asked to delete what is not there.
     async fn look(&self, node: &Node, connection: &mut MultiplexedConnection) -> RedisResult<Look> {
         let mut questions = redis::pipe();
-        questions.ignore_errors().cmd("UNLINK").arg(&self.probe_key);
-        questions.cmd("CLUSTER").arg("MYID").cmd("CLUSTER").arg("SLOTS");
+        questions.ignore_errors().add_command(self.probe()).cmd("CLUSTER").arg("MYID").cmd("CLUSTER").arg("SLOTS");
         let answers: [RedisResult<Value>; 3] = questions
             .query_async::<Vec<RedisResult<Value>>>(connection)
             .await?

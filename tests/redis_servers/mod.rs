@@ -16,7 +16,7 @@ use tokio::time::{Duration, sleep};
 use crate::support::{
     certificates::{CERTIFICATES, Certificates, NAME},
     eventually, free_port,
-    instance::start,
+    instance::{hears, start},
     node::{BUDGET, Node, Truth, key},
     proxy::Proxy,
     redis::RedisServer,
@@ -157,4 +157,23 @@ async fn a_server_that_is_full_is_done_without_and_used_again_when_there_is_room
     assert_eq!(node.value(2).await, Some(20));
     let other = Node::hearing(&truth, &url, &[]).await;
     assert_eq!(other.read(2).await.how().level, Level::Redis);
+}
+
+/// Connections that nobody used were missed only when they were used, and GET / said for so long that all was well. What
+/// the log said of an outage was its beginning.
+#[tokio::test]
+async fn a_server_that_dies_while_nobody_asks_it_is_missed_and_its_return_is_said_once() {
+    let mut server = RedisServer::start().await;
+    let instance = start().env("Redis", server.url()).up().await;
+    let connected = async || instance.status().await["redis"]["connected"] == true;
+    eventually("it is connected", async || (connected().await && server.clients().await == 3).then_some(())).await;
+    let said = || instance.stdout.text().matches("redis: connected again").count();
+    assert_eq!(said(), 0);
+    server.kill();
+    eventually("it is missed", async || (!connected().await).then_some(())).await;
+    server.restart().await;
+    instance.stdout.wait_for("redis: connected again").await;
+    let all_are_up = async || connected().await && hears(&instance.status().await) && server.clients().await == 3;
+    eventually("all are up", async || all_are_up().await.then_some(())).await;
+    assert_eq!(said(), 1);
 }
