@@ -8,7 +8,7 @@ use deadpool::managed::Manager;
 use redis::{Cmd, RedisResult, Value, aio::MultiplexedConnection};
 use tokio::time::timeout;
 
-use super::{Script, nodes::Nodes};
+use super::{Script, connection::pipeline, nodes::Nodes};
 use crate::{
     config::{self, RedisLogin},
     finding::{Budget, Finding},
@@ -35,18 +35,15 @@ pub(crate) async fn examine(config: &config::Redis, instances: Option<u64>) -> V
     };
     let began = Instant::now();
     let found = timeout(CONNECT, reach(&nodes, config.server.nodes.len())).await;
-    let mut connection = match found {
-        Ok(Ok((connection, node))) => {
-            (connection, Finding::ok(format!("connected to {node} in {} ms", began.elapsed().as_millis())))
-        }
+    let (mut connection, node) = match found {
+        Ok(Ok(reached)) => reached,
         Ok(Err(problem)) => return vec![Finding::fail(problem.clone(), cure(&config, &problem))],
         Err(_) => return vec![Finding::fail(format!("no answer within {} s", CONNECT.as_secs()), cure(&config, ""))],
     };
-    let mut findings = vec![connection.1];
-    let connection = &mut connection.0;
-    findings.push(distance(connection, &config, response_timeout).await);
-    findings.push(rights(connection, &config).await);
-    findings.extend(limits(connection, Budget { each: config.connections(), instances }).await);
+    let mut findings = vec![Finding::ok(format!("connected to {node} in {} ms", began.elapsed().as_millis()))];
+    findings.push(distance(&mut connection, &nodes, response_timeout).await);
+    findings.push(rights(&mut connection, &config).await);
+    findings.extend(limits(&mut connection, Budget { each: config.connections(), instances }).await);
     if !config.server.encrypted && !config.server.is_local() {
         findings.push(Finding::warn(
             "the connection is not encrypted",
@@ -84,9 +81,8 @@ fn cure(config: &config::Redis, problem: &str) -> &'static str {
     }
 }
 
-async fn distance(connection: &mut MultiplexedConnection, config: &config::Redis, deadline: Duration) -> Finding {
-    let mut question = redis::cmd("UNLINK");
-    question.arg(config.key("probe"));
+async fn distance(connection: &mut MultiplexedConnection, nodes: &Nodes, deadline: Duration) -> Finding {
+    let question = nodes.probe();
     let (mut took, all_began) = (Vec::new(), Instant::now());
     while took.is_empty() || (took.len() < SAMPLES && all_began.elapsed() < ANSWER) {
         let began = Instant::now();
@@ -134,12 +130,8 @@ async fn rights(connection: &mut MultiplexedConnection, config: &config::Redis) 
         command(&["XREVRANGE", &log, "+", "-", "COUNT", "1"]),
         command(&["UNLINK", &entry, &log]),
     ];
-    let mut pipeline = redis::pipe();
-    pipeline.ignore_errors();
-    for command in &commands {
-        pipeline.add_command(command.clone());
-    }
-    let answers = match pipeline.query_async::<Vec<RedisResult<Value>>>(connection).await {
+    let asked = commands.len();
+    let answers = match pipeline(commands).query_async::<Vec<RedisResult<Value>>>(connection).await {
         Ok(answers) => answers,
         Err(error) => return Finding::fail(error.to_string(), "grant the rights that docs/redis.md lists"),
     };
@@ -147,7 +139,7 @@ async fn rights(connection: &mut MultiplexedConnection, config: &config::Redis) 
     match refused.first() {
         None => Finding::ok("every command that is needed is allowed"),
         Some(first) => Finding::fail(
-            format!("{} of {} commands failed, the first with: {first}", refused.len(), commands.len()),
+            format!("{} of {asked} commands failed, the first with: {first}", refused.len()),
             "grant the rights that docs/redis.md lists; the access policy is `default` on Azure Managed Redis, Data Owner or Data Contributor on Azure Cache for Redis",
         ),
     }
