@@ -4,7 +4,13 @@ use sqlx::{ColumnIndex, Decode, Type, error::DatabaseError};
 
 use super::{BadRow, Kind, Row, Table, Value, pool::Failure};
 
-/// A row that was asked for as the table's key and its columns. `value` reads one column.
+/// Asks for a table's key and its columns; `WHERE` follows.
+pub(super) fn select(table: &Table) -> String {
+    let columns: Vec<_> = table.columns.iter().map(|(name, _)| *name).collect();
+    format!("SELECT {}, {} FROM {}", table.key, columns.join(", "), table.name)
+}
+
+/// A row that [`select`] asked for. `value` reads one column.
 pub(super) fn row<'r, R>(
     table: &'static Table,
     row: &'r R,

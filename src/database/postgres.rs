@@ -85,9 +85,8 @@ impl Engine for Postgres {
     }
 
     async fn rows(&self, table: &'static Table, keys: &[i64]) -> Result<Vec<Result<Row, BadRow>>, Error> {
-        let columns: Vec<_> = table.columns.iter().map(|(name, _)| *name).collect();
         // Any number of keys is one statement, prepared once for each connection.
-        let sql = format!("SELECT {}, {} FROM {} WHERE {0} = ANY($1)", table.key, columns.join(", "), table.name);
+        let sql = format!("{} WHERE {} = ANY($1)", over_sqlx::select(table), table.key);
         let rows = self.pool.run(|connection| {
             let (sql, keys) = (AssertSqlSafe(sql.clone()), keys.to_vec());
             async move { sqlx::query(sql).bind(keys).fetch_all(connection).await.map_err(failure) }.boxed()

@@ -108,10 +108,9 @@ impl Engine for Sqlite {
     }
 
     async fn rows(&self, table: &'static Table, keys: &[i64]) -> Result<Vec<Result<Row, BadRow>>, Error> {
-        let columns: Vec<_> = table.columns.iter().map(|(name, _)| *name).collect();
         // One statement for any number of keys, so that it is prepared once; one for a single key, which is faster.
         let these = if keys.len() == 1 { "= ?1" } else { "IN (SELECT value FROM json_each(?1))" };
-        let sql = format!("SELECT {}, {} FROM {} WHERE {0} {these}", table.key, columns.join(", "), table.name);
+        let sql = format!("{} WHERE {} {these}", over_sqlx::select(table), table.key);
         let rows = self.opened().await?.pool.run(|session| {
             let query = sqlx::query(AssertSqlSafe(sql.clone()));
             let query = match keys {

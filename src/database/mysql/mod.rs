@@ -184,10 +184,9 @@ impl Engine for MySql {
     }
 
     async fn rows(&self, table: &'static Table, keys: &[i64]) -> Result<Vec<Result<Row, BadRow>>, Error> {
-        let columns: Vec<_> = table.columns.iter().map(|(name, _)| *name).collect();
-        let sql = format!("SELECT {}, {} FROM {}", table.key, columns.join(", "), table.name);
         let is_key = format!("{} = ?", table.key);
-        let rows = self.any_of(&sql, &is_key, keys.iter().map(|key| vec![*key]).collect(), "").await?;
+        let rows =
+            self.any_of(&over_sqlx::select(table), &is_key, keys.iter().map(|key| vec![*key]).collect(), "").await?;
         Ok(rows.iter().map(|row| over_sqlx::row(table, row, decode_value)).collect())
     }
 
