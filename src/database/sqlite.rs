@@ -300,23 +300,19 @@ fn failure(error: sqlx::Error) -> Failure {
 }
 
 fn decode_value(row: &SqliteRow, index: usize, kind: Kind) -> Result<Option<Value>, String> {
-    let text = |of: fn(String, Kind) -> Result<Value, String>| {
-        get::<_, Option<String>>(row, index)?.map(|text| of(text, kind)).transpose()
-    };
-    match kind {
-        Kind::Integer => Ok(get::<_, Option<i64>>(row, index)?.map(Value::Integer)),
-        Kind::Binary => Ok(get::<_, Option<Vec<u8>>>(row, index)?.map(Value::Binary)),
-        Kind::Text => text(|text, _| Ok(Value::Text(text))),
-        Kind::Guid => text(|text, _| Ok(Value::Guid(text.to_ascii_lowercase()))),
-        Kind::DateTime => text(|text, _| date_time(&text).map(Value::DateTime).ok_or("is not a date".to_owned())),
-        Kind::Decimal(_) => text(decimal),
-    }
+    let text = || get::<_, Option<String>>(row, index);
+    Ok(match kind {
+        Kind::Integer => get::<_, Option<i64>>(row, index)?.map(Value::Integer),
+        Kind::Binary => get::<_, Option<Vec<u8>>>(row, index)?.map(Value::Binary),
+        Kind::Text => text()?.map(Value::Text),
+        Kind::Guid => text()?.map(|text| Value::Guid(text.to_ascii_lowercase())),
+        Kind::DateTime => text()?.map(|text| date_time(&text).ok_or("is not a date")).transpose()?.map(Value::DateTime),
+        Kind::Decimal(scale) => text()?.map(|text| decimal(&text, scale)).transpose()?,
+    })
 }
 
-fn decimal(text: String, kind: Kind) -> Result<Value, String> {
-    let Kind::Decimal(scale) = kind else { return Err("is not a decimal".to_owned()) };
-    let decimal = Decimal::from_str(&text).map_err(|_| "is not a decimal")?;
-    Ok(super::rescaled(decimal, scale)?)
+fn decimal(text: &str, scale: u32) -> Result<Value, &'static str> {
+    super::rescaled(Decimal::from_str(text).map_err(|_| "is not a decimal")?, scale)
 }
 
 /// `YYYY-MM-DD`, a `T` or a blank, `HH:MM:SS` with up to seven more digits; or the date alone.
