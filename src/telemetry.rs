@@ -5,10 +5,7 @@
 
 use std::{
     io::{self, Write},
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
@@ -37,21 +34,24 @@ pub fn init(level: &str, role: Role) {
 
 /// Lets a message through once a second at most, so that an outage does not fill the log.
 #[derive(Default)]
-pub struct LogLimiter {
-    last: Mutex<Option<Instant>>,
-    unsaid: AtomicU64,
+pub struct LogLimiter(Mutex<Said>);
+
+#[derive(Default)]
+struct Said {
+    last: Option<Instant>,
+    unsaid: u64,
 }
 
 impl LogLimiter {
     /// `Some` if it is time to say it, with how often it went unsaid since the last time.
     pub fn next(&self) -> Option<u64> {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.is_some_and(|last| last.elapsed() < Duration::from_secs(1)) {
-            self.unsaid.fetch_add(1, Ordering::Relaxed);
+        let mut said = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if said.last.is_some_and(|last| last.elapsed() < Duration::from_secs(1)) {
+            said.unsaid += 1;
             return None;
         }
-        *last = Some(Instant::now());
-        Some(self.unsaid.swap(0, Ordering::Relaxed))
+        said.last = Some(Instant::now());
+        Some(std::mem::take(&mut said.unsaid))
     }
 }
 

@@ -4,10 +4,7 @@
 //! connection whose work failed or was cancelled is never used again; no more are open than the pool's bound.
 
 use std::{
-    sync::{
-        Mutex,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
@@ -76,7 +73,7 @@ struct Pooled<T> {
     connection: T,
     replace_at: Instant,
     /// Whether it has done work before.
-    used: AtomicBool,
+    used: bool,
 }
 
 impl<C: Connect> Pool<C> {
@@ -119,7 +116,7 @@ impl<C: Connect> Pool<C> {
         let object = self.pool.get().await.map_err(|error| self.no_connection(error))?;
         let mut lent = Lent { manager: self.pool.manager(), object: Some(object) };
         let Some(pooled) = lent.object.as_mut() else { unreachable!("lent above") };
-        let used = pooled.used.swap(true, Ordering::Relaxed);
+        let used = std::mem::replace(&mut pooled.used, true);
         let done = work(&mut pooled.connection).await;
         let done = done.map_err(|failure| (failure, used));
         match done {
@@ -177,7 +174,7 @@ impl<C: Connect> managed::Manager for Manager<C> {
     async fn create(&self) -> Result<Self::Type, Failure> {
         let connection = self.connect.connect().await?;
         let age = self.max_age.mul_f64(rand::random_range(0.9..=1.0));
-        Ok(Pooled { connection, replace_at: Instant::now() + age, used: AtomicBool::new(false) })
+        Ok(Pooled { connection, replace_at: Instant::now() + age, used: false })
     }
 
     async fn recycle(&self, pooled: &mut Self::Type, metrics: &Metrics) -> RecycleResult<Failure> {
