@@ -83,8 +83,7 @@ impl Product {
             Some(Some(Value::DateTime(modified))) => Some(*modified),
             _ => None,
         };
-        // Exactly as large as its bytes: what is cached is counted by them.
-        Self { id: row.key, json: json.into_boxed_slice().into(), modified }
+        Self { id: row.key, json: json.into(), modified }
     }
 }
 
