@@ -5,7 +5,14 @@ mod identity;
 
 use std::{
     collections::BTreeMap,
-    sync::atomic::{AtomicUsize, Ordering},
+    fs::{self, File},
+    io::Write,
+    process::Command,
+    sync::{
+        atomic::{AtomicUsize, Ordering},
+        mpsc,
+    },
+    thread,
     time::Duration,
 };
 
@@ -15,7 +22,7 @@ use product_cache::{
     database::{Database, Kind, Row, Table, Value},
     product::{self, TABLE},
 };
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::support::{
     PATIENCE,
@@ -102,6 +109,36 @@ async fn nothing_is_opened_before_it_is_needed() {
     assert_eq!(fake.connections(), 0, "no keys, no query");
     assert_eq!(keys(&database, &[1]).await, [1]);
     assert_eq!(fake.connections(), 1);
+}
+
+/// It was read on a thread that serves others, for each connection.
+#[tokio::test]
+async fn an_authority_whose_file_is_slow_to_read_holds_nobody_up_but_who_connects() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (slow, quick) = (folder.path().join("slow.pem"), CERTIFICATES.authority_file(folder.path()));
+    assert!(Command::new("mkfifo").arg(&slow).status().expect("runs").success());
+    let fake = Server::start(products(vec![product(1)])).await;
+    let tls = Tls::Verified { ca_file: Some(slow.clone()), server_name: None, strict: false };
+    let database = database(config::Server { tls, ..server(fake.port) });
+    let (tick, ticks) = mpsc::channel();
+    let others_go_on = thread::spawn(move || {
+        let mut file = File::create(slow).expect("opened, now that somebody reads it");
+        ticks.try_iter().for_each(drop);
+        let others_go_on = ticks.recv_timeout(PATIENCE).is_ok();
+        file.write_all(&fs::read(quick).expect("an authority")).expect("written");
+        others_go_on
+    });
+    let others = async {
+        loop {
+            let _ = tick.send(());
+            sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::select! {
+        rows = keys(&database, &[1]) => assert_eq!(rows, [1]),
+        () = others => {}
+    }
+    assert!(others_go_on.join().expect("it ended"));
 }
 
 #[tokio::test]

@@ -9,6 +9,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use tiberius::{AuthMethod, Client, Config, EncryptionLevel};
 use tokio::{
     net::{TcpStream, lookup_host},
+    task::spawn_blocking,
     time::sleep,
 };
 use tokio_util::compat::{Compat, TokioAsyncWriteCompatExt};
@@ -65,7 +66,7 @@ impl Connector {
         Self { server: server.clone(), allow_unverified: config.allow_unverified, credentials }
     }
 
-    fn config(&self, host: &str, port: u16, authentication: AuthMethod) -> Result<Config, Failure> {
+    fn config(&self, host: &str, port: u16, authentication: AuthMethod, authorities: Option<Vec<u8>>) -> Config {
         let mut config = Config::new();
         config.host(host);
         config.port(port);
@@ -88,11 +89,9 @@ impl Connector {
                 config.encryption(EncryptionLevel::Required);
                 config.trust_cert();
             }
-            Tls::Verified { ca_file, server_name, strict } => {
+            Tls::Verified { server_name, strict, .. } => {
                 config.encryption(if *strict { EncryptionLevel::Strict } else { EncryptionLevel::Required });
-                if let Some(file) = ca_file {
-                    let authorities = fs::read(file)
-                        .map_err(|error| Failure::Refused(format!("{} cannot be read: {error}", file.display())))?;
+                if let Some(authorities) = authorities {
                     config.trust_cert_ca_bundle(authorities);
                 }
                 if let Some(name) = server_name {
@@ -100,7 +99,16 @@ impl Connector {
                 }
             }
         }
-        Ok(config)
+        config
+    }
+
+    /// Those that vouch for the server, if a file names them. Read anew for each connection, as it may be renewed, and
+    /// where others do not wait for it.
+    async fn authorities(&self) -> Result<Option<Vec<u8>>, Failure> {
+        let Tls::Verified { ca_file: Some(file), .. } = &self.server.tls else { return Ok(None) };
+        let path = file.clone();
+        let read = spawn_blocking(move || fs::read(path)).await.unwrap_or_else(|error| Err(error.into()));
+        read.map(Some).map_err(|error| Failure::Refused(format!("{} cannot be read: {error}", file.display())))
     }
 
     /// How to log in, and the token that this takes, if it is the app's identity that does.
@@ -136,9 +144,10 @@ impl Connect for Connector {
 
     async fn connect(&self) -> Result<Connection, Failure> {
         let (authentication, token) = self.authentication().await?;
+        let authorities = self.authorities().await?;
         let (mut host, mut port) = (self.server.host.clone(), self.server.port);
         for _ in 0..=MOST_REDIRECTS {
-            let config = self.config(&host, port, authentication.clone())?;
+            let config = self.config(&host, port, authentication.clone(), authorities.clone());
             let stream = reach(&host, port).await;
             let stream = stream.map_err(|error| Failure::Lost(format!("{host}:{port} cannot be reached: {error}")))?;
             match Client::connect(config, stream.compat_write()).await {
