@@ -39,11 +39,13 @@ const USAGE: &str = "usage: handler            answers HTTP, settings from the e
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    match std::env::args().skip(1).collect::<Vec<_>>().iter().map(String::as_str).collect::<Vec<_>>()[..] {
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    // One that is no text is none of ours.
+    match arguments.iter().map(|argument| argument.to_str().unwrap_or_default()).collect::<Vec<_>>()[..] {
         [] => serve(),
         ["doctor"] => doctor(),
         ["--version" | "-V"] => {
-            println!("{} {}", env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
+            let _ = writeln!(io::stdout(), "{} {}", env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION"));
             ExitCode::SUCCESS
         }
         _ => {

@@ -1,6 +1,6 @@
 //! `handler doctor`, the real binary: each thing that a deployment gets wrong is one line with its remedy.
 
-use std::{fs, net::TcpListener, path::Path, process::Command};
+use std::{ffi::OsStr, fs, net::TcpListener, os::unix::ffi::OsStrExt, path::Path, process::Command};
 
 use tempfile::{TempDir, tempdir};
 
@@ -312,4 +312,16 @@ fn an_unknown_argument_is_told_the_known_ones() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("handler doctor"));
     let output = Command::new(BINARY).arg("--version").env_clear().output().unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), format!("product-cache {}", env!("CARGO_PKG_VERSION")));
+}
+
+/// Both ended in a panic.
+#[test]
+fn an_argument_that_is_no_text_is_unknown_and_a_version_that_nobody_reads_is_no_failure() {
+    let output = Command::new(BINARY).arg(OsStr::from_bytes(b"doctor\xff")).env_clear().output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("handler doctor"));
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let status = Command::new(BINARY).arg("--version").env_clear().stdout(writer).status().unwrap();
+    assert!(status.success(), "{status}");
 }
