@@ -17,7 +17,7 @@ const RESTART_PAUSE: Duration = Duration::from_secs(1);
 static PANICS: AtomicU64 = AtomicU64::new(0);
 
 /// How many background tasks have panicked since the process began.
-pub fn panics() -> u64 {
+pub(crate) fn panics() -> u64 {
     PANICS.load(Ordering::Relaxed)
 }
 
@@ -43,7 +43,11 @@ impl Drop for Task {
 }
 
 /// Runs what `start` makes, for ever: anew after a panic, and anew should it ever return.
-pub fn keep_running<F>(runtime: &Handle, name: &'static str, mut start: impl FnMut() -> F + Send + 'static) -> Task
+pub(crate) fn keep_running<F>(
+    runtime: &Handle,
+    name: &'static str,
+    mut start: impl FnMut() -> F + Send + 'static,
+) -> Task
 where
     F: Future<Output = ()> + Send,
 {

@@ -6,7 +6,7 @@ use std::fmt;
 
 /// How bad a finding is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Severity {
+pub(crate) enum Severity {
     /// As it should be.
     Ok,
     /// It works, but not as well as it should, or will stop working.
@@ -27,28 +27,28 @@ impl fmt::Display for Severity {
 
 /// One thing that was looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Finding {
+pub(crate) struct Finding {
     /// How bad it is.
-    pub severity: Severity,
+    pub(crate) severity: Severity,
     /// What was found, without secrets.
-    pub what: String,
+    pub(crate) what: String,
     /// What to do about it; empty where there is nothing to do.
-    pub remedy: String,
+    pub(crate) remedy: String,
 }
 
 impl Finding {
     /// As it should be.
-    pub fn ok(what: impl Into<String>) -> Self {
+    pub(crate) fn ok(what: impl Into<String>) -> Self {
         Self { severity: Severity::Ok, what: what.into(), remedy: String::new() }
     }
 
     /// To look at.
-    pub fn warn(what: impl Into<String>, remedy: impl Into<String>) -> Self {
+    pub(crate) fn warn(what: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { severity: Severity::Warn, what: what.into(), remedy: remedy.into() }
     }
 
     /// Does not work.
-    pub fn fail(what: impl Into<String>, remedy: impl Into<String>) -> Self {
+    pub(crate) fn fail(what: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { severity: Severity::Fail, what: what.into(), remedy: remedy.into() }
     }
 }

@@ -34,7 +34,7 @@ pub fn init(level: &str, role: Role) {
 
 /// Lets a message through once a second at most, so that an outage does not fill the log.
 #[derive(Default)]
-pub struct LogLimiter(Mutex<Said>);
+pub(crate) struct LogLimiter(Mutex<Said>);
 
 #[derive(Default)]
 struct Said {
@@ -44,7 +44,7 @@ struct Said {
 
 impl LogLimiter {
     /// `Some` if it is time to say it, with how often it went unsaid since the last time.
-    pub fn next(&self) -> Option<u64> {
+    pub(crate) fn next(&self) -> Option<u64> {
         let mut said = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if said.last.is_some_and(|last| last.elapsed() < Duration::from_secs(1)) {
             said.unsaid += 1;

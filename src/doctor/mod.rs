@@ -24,9 +24,9 @@ const REACH: Duration = Duration::from_secs(5);
 /// What was found, under headings.
 pub struct Report {
     /// Every setting that is in force, without secrets: name and value.
-    pub settings: Vec<(String, String)>,
+    settings: Vec<(String, String)>,
     /// What was looked at, by heading.
-    pub findings: Vec<(&'static str, Finding)>,
+    findings: Vec<(&'static str, Finding)>,
 }
 
 impl Report {

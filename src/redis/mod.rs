@@ -28,7 +28,7 @@ use redis::{Cmd, Pipeline, RedisError, RedisResult, Value};
 use tokio::runtime::Handle;
 
 pub(crate) use self::examine::examine;
-pub use self::script::Script;
+pub(crate) use self::script::Script;
 use self::{
     ask::AskRedirect,
     connection::{Line, Live, Losses, Sent, has, keep, pipeline, these},
@@ -54,7 +54,7 @@ pub enum Error {
 
 impl Error {
     /// Whether a value of another type than ours stands under one of the names.
-    pub fn is_wrong_type(&self) -> bool {
+    pub(crate) fn is_wrong_type(&self) -> bool {
         matches!(self, Self::Failed(error) if has(error, "WRONGTYPE"))
     }
 }
@@ -119,19 +119,19 @@ impl Redis {
     /// Sends commands in one round trip over a shared connection and returns each one's own result.
     ///
     /// Fails at once while no shared connection is up, except before the very first attempt to connect has ended.
-    pub async fn send(&self, commands: Vec<Cmd>) -> Result<Vec<RedisResult<Value>>, Error> {
+    pub(crate) async fn send(&self, commands: Vec<Cmd>) -> Result<Vec<RedisResult<Value>>, Error> {
         Ok(self.live().await?.send(&pipeline(commands), None, None).await?.replies)
     }
 
     /// Sends calls of one script in one round trip; where Redis lacks the script (restarted, or its script cache
     /// flushed), loads it and repeats the calls that missed it.
-    pub async fn send_script(&self, script: &Script, calls: Vec<Cmd>) -> Result<Vec<RedisResult<Value>>, Error> {
+    pub(crate) async fn send_script(&self, script: &Script, calls: Vec<Cmd>) -> Result<Vec<RedisResult<Value>>, Error> {
         Ok(self.run(script, &pipeline(calls)).await?.replies)
     }
 
     /// Sends commands and then a script's call, in one round trip. Whoever sees what the call did sees what the
     /// commands did: if any of them was carried out elsewhere, and so maybe later, the call is repeated.
-    pub async fn send_in_order(
+    pub(crate) async fn send_in_order(
         &self,
         before: Vec<Cmd>,
         script: &Script,
@@ -172,7 +172,7 @@ impl Redis {
     }
 
     /// Removes what stands under these names and is not of this type (as `TYPE` says it). Best effort.
-    pub async fn remove_unless(&self, kind: &str, names: Vec<String>) {
+    pub(crate) async fn remove_unless(&self, kind: &str, names: Vec<String>) {
         let command = |command: &str, name: &str| {
             let mut command = redis::cmd(command);
             command.arg(name);
@@ -193,23 +193,27 @@ impl Redis {
 
     /// Sends commands over the invalidation log's connection, whose answers may take `patience` longer than usual if it
     /// holds a blocking read. With frugal settings it is the shared one, on which nothing must block.
-    pub async fn send_on_log(&self, commands: Vec<Cmd>, patience: Duration) -> Result<Vec<RedisResult<Value>>, Error> {
+    pub(crate) async fn send_on_log(
+        &self,
+        commands: Vec<Cmd>,
+        patience: Duration,
+    ) -> Result<Vec<RedisResult<Value>>, Error> {
         let live = self.inner.log.live().await.ok_or(Error::Disconnected)?;
         Ok(live.send(&pipeline(commands), None, Some(patience + self.inner.response_timeout)).await?.replies)
     }
 
     /// Waits until the log's connection is up.
-    pub async fn log_connected(&self) {
+    pub(crate) async fn log_connected(&self) {
         self.inner.log.up().await;
     }
 
     /// Whether a shared connection is up.
-    pub fn is_connected(&self) -> bool {
+    pub(crate) fn is_connected(&self) -> bool {
         self.inner.shared.iter().any(|line| line.is_up())
     }
 
     /// Waits until a shared connection is up.
-    pub async fn connected(&self) {
+    pub(crate) async fn connected(&self) {
         futures_util::future::select_all(self.inner.shared.iter().map(|line| Box::pin(line.up()))).await;
     }
 }

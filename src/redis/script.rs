@@ -3,19 +3,19 @@
 use redis::{Cmd, ErrorKind, RedisResult, ServerErrorKind, Value};
 
 /// A Lua script that is sent by its hash.
-pub struct Script {
+pub(crate) struct Script {
     code: &'static str,
     hash: String,
 }
 
 impl Script {
     /// Hashes the script; nothing is sent.
-    pub fn new(code: &'static str) -> Self {
+    pub(crate) fn new(code: &'static str) -> Self {
         Self { code, hash: redis::Script::new(code).get_hash().to_owned() }
     }
 
     /// A call with one key, to which arguments are added.
-    pub fn call(&self, key: &str) -> Cmd {
+    pub(crate) fn call(&self, key: &str) -> Cmd {
         let mut call = redis::cmd("EVALSHA");
         call.arg(&self.hash).arg(1).arg(key);
         call
