@@ -126,7 +126,7 @@ impl Redis {
     /// Sends calls of one script in one round trip; where Redis lacks the script (restarted, or its script cache
     /// flushed), loads it and repeats the calls that missed it.
     pub(crate) async fn send_script(&self, script: &Script, calls: Vec<Cmd>) -> Result<Vec<RedisResult<Value>>, Error> {
-        Ok(self.run(script, &pipeline(calls)).await?.replies)
+        Ok(run(&*self.live().await?, script, &pipeline(calls)).await?.replies)
     }
 
     /// Sends commands and then a script's call, in one round trip. Whoever sees what the call did sees what the
@@ -139,25 +139,13 @@ impl Redis {
     ) -> Result<Vec<RedisResult<Value>>, Error> {
         let last = before.len();
         let again = call.clone();
-        let mut sent = self.run(script, &pipeline(before.into_iter().chain([call]))).await?;
+        let live = self.live().await?;
+        let mut sent = run(&live, script, &pipeline(before.into_iter().chain([call]))).await?;
         if sent.redirected.iter().any(|index| *index < last) {
             sent.replies.truncate(last);
-            sent.replies.append(&mut self.run(script, &pipeline([again])).await?.replies);
+            sent.replies.append(&mut run(&live, script, &pipeline([again])).await?.replies);
         }
         Ok(sent.replies)
-    }
-
-    async fn run(&self, script: &Script, commands: &Pipeline) -> Result<Sent, Error> {
-        let mut sent = self.live().await?.send(commands, Some(script), None).await?;
-        let missed: Vec<_> = (0..commands.len()).filter(|index| is_missing_script(&sent.replies[*index])).collect();
-        if !missed.is_empty() {
-            let again = pipeline(std::iter::once(script.load()).chain(these(commands, &missed)));
-            let repeated = self.live().await?.send(&again, Some(script), None).await?.replies.into_iter().skip(1);
-            for (index, reply) in missed.into_iter().zip(repeated) {
-                sent.replies[index] = reply;
-            }
-        }
-        Ok(sent)
     }
 
     async fn live(&self) -> Result<Arc<Live>, Error> {
@@ -216,4 +204,19 @@ impl Redis {
     pub(crate) async fn connected(&self) {
         futures_util::future::select_all(self.inner.shared.iter().map(|line| Box::pin(line.up()))).await;
     }
+}
+
+/// Sends calls of a script, and again those that missed it, over the same connection: another one may lead to another server
+/// while primaries change.
+async fn run(live: &Live, script: &Script, commands: &Pipeline) -> Result<Sent, Error> {
+    let mut sent = live.send(commands, Some(script), None).await?;
+    let missed: Vec<_> = (0..commands.len()).filter(|index| is_missing_script(&sent.replies[*index])).collect();
+    if !missed.is_empty() {
+        let again = pipeline(std::iter::once(script.load()).chain(these(commands, &missed)));
+        let repeated = live.send(&again, Some(script), None).await?.replies.into_iter().skip(1);
+        for (index, reply) in missed.into_iter().zip(repeated) {
+            sent.replies[index] = reply;
+        }
+    }
+    Ok(sent)
 }

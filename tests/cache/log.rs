@@ -316,6 +316,49 @@ async fn an_own_notice_acknowledged_by_an_old_primary_after_the_new_one_was_hear
     .await;
 }
 
+/// While primaries change, the lines may lead to two of them; a script that one lacks is no reason to go to the other.
+#[tokio::test]
+async fn an_expiry_and_its_notice_reach_one_server_whatever_has_to_be_repeated() {
+    let servers = [RedisServer::start().await, RedisServer::start().await];
+    let [old, new] = &servers;
+    let proxy = Proxy::start(old.port).await;
+    let truth = Truth::new(&[(1, 10)]);
+    let author = Node::hearing(&truth, &proxy.redis_url(), &[]).await;
+    author.value(1).await;
+    let (log, entry) = (dump(old, LOG).await, dump(old, ENTRY).await);
+    restore(new, LOG, &log).await;
+    proxy.lead_to(new.port);
+    let clients: String = redis::from_redis_value(old.command(&["CLIENT", "LIST"]).await).unwrap();
+    let told = async |server: &RedisServer| {
+        let log: Vec<(String, [String; 2])> =
+            redis::from_redis_value(server.command(&["XRANGE", LOG, "-", "+"]).await).unwrap();
+        log.iter().filter(|(_, [_, text])| text.ends_with(" thing:1")).count()
+    };
+    let reads_log =
+        |line: &&str| ["xread", "xrevrange", "client"].iter().any(|name| line.contains(&format!("cmd={name}")));
+    let shared = clients.lines().find(|line| !reads_log(line)).expect("a shared connection");
+    let id = shared.split([' ', '=']).nth(1).unwrap();
+    old.command(&["CLIENT", "KILL", "ID", id]).await;
+    eventually("one line leads to each", async || {
+        author.cache.expire(&[key(2)], BUDGET).await.unwrap(); // an idle one's end is not noticed
+        (new.clients().await > 0).then_some(())
+    })
+    .await;
+    for _ in 0..4 {
+        let mut before = Vec::new();
+        for server in &servers {
+            restore(server, ENTRY, &entry).await;
+            server.command(&["SCRIPT", "FLUSH"]).await;
+            before.push(told(server).await);
+        }
+        author.cache.expire(&[key(1)], BUDGET).await.unwrap();
+        for (server, before) in servers.iter().zip(before) {
+            let fresh = server.command(&["HEXISTS", ENTRY, "f"]).await == Value::Int(1);
+            assert!(told(server).await == before || !fresh, "the notice came without the expiry");
+        }
+    }
+}
+
 /// Two primaries, one after the other in one Redis: what the second one's instances made stale before the first one took the
 /// expiry that is lost says nothing about it.
 #[tokio::test]
