@@ -91,7 +91,7 @@ pub const SETTINGS: &[Setting] = &[
     number("HTTP_PORT", "7071", 0, 65_535, "Port of a standalone start, as with `func start`; 0: any free one. Under a Functions host the host's port is used."),
     number("HTTP_WORKERS", "0", 0, 1024, "Threads that answer requests; 0: one per core."),
     text("HTTP_CACHE_CONTROL", "private, no-cache", "`Cache-Control` of products. The default makes clients ask again each time, which an ETag makes cheap."),
-    number("HTTP_DRAIN_S", "5", 0, 300, "How long SIGTERM waits for requests in flight."),
+    number("HTTP_DRAIN_S", "5", 0, 300, "How long SIGTERM waits for requests in flight; a second signal ends that."),
     number("REQUEST_TIMEOUT_MS", "10000", 100, 230_000, "Bound of a whole GET. What is not there by then is answered with its last known copy, else 503; the platform's own limit is 230 s."),
     number("INVALIDATE_BUDGET_MS", "60000", 100, 140_000, "How long one InvalidateCache call retries Redis before it fails: below the SQL trigger's lease renewal limit of about 150 s."),
     number("INVALIDATE_MAX_BODY_BYTES", "67108864", 1024, 1024 * MIB, "Largest trigger batch: 1,000 rows with photos, escaped four times, stay below 64 MiB."),
