@@ -93,8 +93,13 @@ async fn a_pruned_feed_makes_everything_stale() {
 #[tokio::test]
 async fn a_thousand_requests_for_a_cold_product_on_two_instances_are_one_query() {
     let redis = RedisServer::start().await;
-    let first = start().env("Redis", redis.url()).up().await;
-    let second = start().env("Redis", redis.url()).folder(&first.folder).up().await;
+    // Whoever loses patience asks the database, too.
+    let patient = || {
+        let start = start().env("Redis", redis.url()).env("REDIS_RESPONSE_TIMEOUT_MS", 5000);
+        start.env("CACHE_LEASE_WAIT_MS", 20_000).env("REQUEST_TIMEOUT_MS", 100_000)
+    };
+    let first = patient().up().await;
+    let second = patient().folder(&first.folder).up().await;
     let requests = (0..1000).map(|n| {
         let port = if n % 2 == 0 { first.port } else { second.port };
         http::send(port, "GET", "/api/GetProductById?productid=680", &[], "")

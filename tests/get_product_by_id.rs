@@ -194,6 +194,7 @@ async fn a_client_that_has_the_product_gets_304() {
             ] {
                 let reply = way.send("GET", &target, &[(header, value)]).await;
                 assert_eq!(reply.status, status, "{header}: {value}");
+                assert!(reply.header("cache-status").starts_with("L1; hit"), "{status}: {reply:?}");
             }
         }
         let absent = way.send("GET", &format!("{PATH}?productid=999"), &[("if-none-match", "*")]).await;

@@ -254,9 +254,10 @@ fn seconds(text: &str) -> Option<u64> {
         Some((days, rest)) if rest.contains(':') => (days, rest),
         _ => ("0", text),
     };
-    let parts: Vec<u64> = rest.split(':').map(|part| part.parse().ok()).collect::<Option<_>>()?;
+    let number = |text: &str| text.parse::<u32>().ok().map(u64::from);
+    let parts: Vec<u64> = rest.split(':').map(number).collect::<Option<_>>()?;
     let [hours, minutes, seconds] = parts[..] else { return None };
-    Some(((days.parse::<u64>().ok()? * 24 + hours) * 60 + minutes) * 60 + seconds)
+    Some(((number(days)? * 24 + hours) * 60 + minutes) * 60 + seconds)
 }
 
 fn at<'a>(json: &'a Value, path: &[&str]) -> Option<&'a Value> {

@@ -97,7 +97,7 @@ fn one(app: &App, head: &RequestHead, id: ProductId, answer: &Answer, forward: &
     let mut response = match Wanted::of(&head.headers, body.etag()) {
         Wanted::Content => ok(body.share(body.bytes()), body.share(body.etag())),
         Wanted::NotAgain => not_modified(body.share(body.etag())),
-        Wanted::Another => return Err(Error::PreconditionFailed),
+        Wanted::Another => return Ok(with_status(another_version(head), status, age_s)),
     };
     if let Some(date) = body.last_modified() {
         response.headers_mut().insert(header::LAST_MODIFIED, shared_value(body.share(date)));
@@ -134,7 +134,7 @@ fn many(app: &App, head: &RequestHead, answers: &[Answer], forward: &str) -> Res
     let mut response = match Wanted::of(&head.headers, &etag) {
         Wanted::Content => ok(body.freeze(), etag),
         Wanted::NotAgain => not_modified(etag),
-        Wanted::Another => return Err(Error::PreconditionFailed),
+        Wanted::Another => return Ok(with_status(another_version(head), status, age_s)),
     };
     response.headers_mut().insert(header::CACHE_CONTROL, app.cache_control.clone());
     Ok(with_status(response, status, age_s))
@@ -149,6 +149,10 @@ fn ok(body: Bytes, etag: Bytes) -> HttpResponse {
 
 fn not_modified(etag: Bytes) -> HttpResponse {
     HttpResponse::NotModified().insert_header((header::ETAG, shared_value(etag))).finish()
+}
+
+fn another_version(head: &RequestHead) -> HttpResponse {
+    Error::PreconditionFailed.response(super::invocation_id(head))
 }
 
 /// Adds who answered and, if it may have been for a second or more, since when the answer was not known to be right.

@@ -300,8 +300,8 @@ async fn load_slowly(truth: &Truth, node: &Node, time: Duration) {
 async fn a_hot_entry_is_loaded_anew_before_it_ends_once_per_cluster_and_nobody_waits() {
     let redis = RedisServer::start().await;
     let truth = Truth::new(&[(1, 10)]);
-    // Loads take half a second and entries last two, so a refresh is likely from the first read on.
-    let settings = [("CACHE_DURATION_S", "2"), ("CACHE_EAGER_FACTOR", "100")];
+    // Loads take half a second and entries last twenty, so a refresh is likely from the first read on.
+    let settings = [("CACHE_DURATION_S", "20"), ("CACHE_EAGER_FACTOR", "100")];
     let a = Node::hearing(&truth, &redis.url(), &settings).await;
     let b = Node::hearing(&truth, &redis.url(), &settings).await;
     load_slowly(&truth, &a, Duration::from_millis(500)).await;
