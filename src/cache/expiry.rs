@@ -17,7 +17,7 @@ use tokio::{
 
 use super::{
     Inner, Key, Remote,
-    log::{Floor, Scope},
+    log::{Floor, Position, Scope},
 };
 
 /// Keys remembered while Redis is away; more become "everything". A key costs some 60 bytes.
@@ -164,8 +164,9 @@ pub(super) async fn deliver(cache: Arc<Inner>) {
             continue;
         };
         match attempt(remote, &scope, cache.floor()).await {
-            Ok(floor) => {
+            Ok((notice, floor)) => {
                 cache.raise(floor);
+                remote.log.appended(notice);
                 // Until now a flight could take the old entry from Redis, so once more; from now on Redis does not hold it
                 // as fresh.
                 cache.expire_here(&scope);
@@ -189,8 +190,8 @@ pub(super) async fn deliver(cache: Arc<Inner>) {
     }
 }
 
-/// Tells Redis and the log; returns the floor.
-async fn attempt(remote: &Remote, scope: &Scope, known: Floor) -> Result<Floor, crate::redis::Error> {
+/// Tells Redis and the log; returns the notice's place and the floor.
+async fn attempt(remote: &Remote, scope: &Scope, known: Floor) -> Result<(Position, Floor), crate::redis::Error> {
     let expiries = match scope {
         Scope::Keys(keys) => keys.iter().map(|key| remote.l2.expire(key)).collect(),
         // The notice itself raises the floor, below which everything in Redis is stale.

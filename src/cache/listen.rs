@@ -66,7 +66,7 @@ pub(super) async fn listen(cache: Arc<Inner>) {
             }
         }
         // Raised before keys are expired, so that what they are loaded from next is already judged by it.
-        let is_answered = heard.is_answered();
+        let is_answered = heard.is_answered(cache.floor());
         cache.raise(heard.floor);
         for news in heard.news {
             match news {

@@ -133,12 +133,13 @@ pub(super) struct Heard {
 }
 
 impl Heard {
-    /// Whether an instance has made everything stale since whatever may be lost: its floor is above that, by this Redis'
-    /// clock.
-    pub(super) fn is_answered(&self) -> bool {
+    /// Whether an instance has made everything stale since whatever may be lost: it counts one more expiry of everything
+    /// than this instance `knew`, and its floor is above what may be lost, by this Redis' clock. The count alone would not
+    /// do where this instance went on with another primary, nor the time where the clock was set back.
+    pub(super) fn is_answered(&self, knew: Floor) -> bool {
         let (Some(redis_us), Some(known_for)) = (self.redis_us, self.known_for) else { return false };
         let youngest_us = u128::from(redis_us).saturating_sub(known_for.as_micros());
-        u128::from(self.said_ms) * 1000 > youngest_us
+        self.floor.generation > knew.generation && u128::from(self.said_ms) * 1000 > youngest_us
     }
 }
 
@@ -188,15 +189,14 @@ impl Log {
         self.poll.or(brought_notices.then_some(PAUSE))
     }
 
-    /// Carries out `before` and then appends the notice, in one round trip; returns the floor, which an expiry of
-    /// everything raises above the known one. `Ok` only if all of it happened.
-    pub(super) async fn append(&self, before: Vec<Cmd>, scope: &Scope, known: Floor) -> Result<Floor, Error> {
-        let (notice, floor) = self.send(before, scope, known).await?;
-        self.own().appended(notice);
-        Ok(floor)
-    }
-
-    async fn send(&self, before: Vec<Cmd>, scope: &Scope, known: Floor) -> Result<(Position, Floor), Error> {
+    /// Carries out `before` and then appends the notice, in one round trip; returns its place and the floor, which an
+    /// expiry of everything raises above the known one. `Ok` only if all of it happened.
+    pub(super) async fn append(
+        &self,
+        before: Vec<Cmd>,
+        scope: &Scope,
+        known: Floor,
+    ) -> Result<(Position, Floor), Error> {
         let keys = match scope {
             Scope::Everything => EVERYTHING.to_owned(),
             Scope::Keys(keys) => keys.iter().map(Key::to_string).collect::<Vec<_>>().join(" "),
@@ -212,6 +212,11 @@ impl Log {
         let (id, ms, generation): (String, u64, u64) = redis::from_redis_value(appended).map_err(RedisError::from)?;
         let id: Position = id.parse().map_err(|()| malformed("notice id"))?;
         Ok((id, Floor { ms, generation }))
+    }
+
+    /// Takes note that this instance's notice is in the log: it is missed if it is not heard.
+    pub(super) fn appended(&self, notice: Position) {
+        self.own().appended(notice);
     }
 
     /// Removes what stands under the log's name if no notice could be appended to it. Best effort.
@@ -426,7 +431,7 @@ impl Reader<'_> {
             let is_ours = notice.author == self.log.author;
             let mut own = self.log.own();
             if !own.hear(notice.position, is_ours) {
-                own.unheard.clear();
+                own.unheard.retain(|own| *own > notice.position);
                 heard.news.push(News::Reset);
             }
             drop(own);
@@ -468,7 +473,7 @@ impl Reader<'_> {
             Some(tail) => tail,
             None => {
                 // A first notice, so that there is a position that a later reset cannot be mistaken for.
-                self.log.send(Vec::new(), &Scope::Keys(Vec::new()), known).await?;
+                self.log.append(Vec::new(), &Scope::Keys(Vec::new()), known).await?;
                 self.log.tail(false).await?.0.ok_or_else(|| malformed("log without the notice just appended"))?
             }
         };
@@ -526,12 +531,22 @@ mod tests {
 
     #[test]
     fn an_expiry_of_everything_answers_only_what_was_lost_before_it_by_the_clock_of_the_redis_that_says_so() {
-        let heard = |said_ms, known_for| Heard { said_ms, known_for, redis_us: Some(100_000_000), ..Heard::default() };
+        let floor = |generation| Floor { ms: 0, generation };
+        let heard = |said_ms, known_for| Heard {
+            said_ms,
+            known_for,
+            floor: floor(5),
+            redis_us: Some(100_000_000),
+            ..Heard::default()
+        };
         let seconds = |seconds| Some(Duration::from_secs(seconds));
-        assert!(heard(95_001, seconds(5)).is_answered() && heard(95_001, Some(Duration::MAX)).is_answered());
-        assert!(!heard(95_000, seconds(5)).is_answered(), "it may be older");
-        assert!(!heard(100_000, None).is_answered(), "something was appended meanwhile");
-        assert!(!Heard { redis_us: None, ..heard(95_001, seconds(5)) }.is_answered(), "nobody knows the time there");
+        assert!(heard(95_001, seconds(5)).is_answered(floor(4)));
+        assert!(heard(95_001, Some(Duration::MAX)).is_answered(floor(4)));
+        assert!(!heard(95_001, seconds(5)).is_answered(floor(5)), "one that it knew, by a clock that was set back");
+        assert!(!heard(95_000, seconds(5)).is_answered(floor(4)), "it may be older");
+        assert!(!heard(100_000, None).is_answered(floor(4)), "something was appended meanwhile");
+        let timeless = Heard { redis_us: None, ..heard(95_001, seconds(5)) };
+        assert!(!timeless.is_answered(floor(4)), "nobody knows the time there");
     }
 
     #[test]

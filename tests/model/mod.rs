@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use stateright::{Checker, Expectation, HasDiscoveries, Property};
 
-use self::protocol::{Action, Budget, Clock, Entry, Instance, State, Token, Way, Why};
+use self::protocol::{Action, Budget, Clock, Entry, Floor, Instance, State, Token, Way, Why};
 
 /// What is checked.
 #[derive(Clone, Copy, Debug)]
@@ -27,8 +27,17 @@ struct Model {
     clock: Clock,
     /// The replica's clock at a fail-over, if it is not the same.
     clock_after_failover: Option<Clock>,
+    /// At a fail-over, one instance stays with the old primary, which goes on; a commit comes after it.
+    split: bool,
     /// To save states: all begins with the entry in every memory, and an expiry is acknowledged with its last step.
     coarse: bool,
+    /// To save more: a reader asks Redis and takes its answer, or begins to load, in one step, and a fill lands in one.
+    swift: bool,
+    /// A fail-over brings back what was at first, and no later state. What would be alike before and after it, as nobody
+    /// could know of it otherwise, comes after it.
+    cut_off_replica: bool,
+    /// One instance has just started.
+    restarted: bool,
     bug: Option<Bug>,
 }
 
@@ -68,6 +77,22 @@ enum Bug {
     /// An entry whose load began in the millisecond of an expiry of everything counts as loaded after it, and these are not
     /// counted.
     FloorIncludesItsMillisecond,
+    /// What was acknowledged before the first read of the log is missed only if the log ends before it.
+    FirstReadSeeksAtTheEnd,
+    /// A notice whose acknowledgement comes when the log is behind it already is not looked for.
+    LateReplyBelieved,
+    /// Whoever finds the log reset leaves it to others to expire everything.
+    AnsweredUnseen,
+    /// A floor above the known one answers a reset, whenever it was said.
+    AnsweredByHigherFloor,
+    /// A floor answers a reset if the clock that Redis has now says that it is younger than all that may be lost, though
+    /// another clock may have said it, or it counts for less than the known one.
+    AnsweredByClockAlone,
+    /// A floor that counts more expiries of everything answers a reset, though who went on with the old primary was told
+    /// of an expiry since.
+    AnsweredByGenerationAlone,
+    /// Of two floors the higher one counts, whichever expiry was the later one.
+    HigherFloorCounts,
 }
 
 const ONE_FLIGHT: &str = "C1: a key has at most one joinable flight per instance";
@@ -79,6 +104,7 @@ const READERS: &str = "C3, C4, C7: no reader gets what is older than an expiry i
 const MEMORY: &str = "C3, C4, C7: memory holds nothing as fresh that is older than an expiry its instance knows";
 const REDIS: &str = "C3, C4: Redis holds nothing as fresh that is older than an acknowledged expiry";
 const CAUGHT_UP: &str = "C5: who has heard the whole log holds nothing as fresh that is older than any notice";
+const FLOORS: &str = "who has heard that everything was expired after a fail-over uses Redis again";
 const CONVERGED: &str = "when all is delivered, what is fresh is what the database has";
 
 const TWO: Model = Model {
@@ -89,9 +115,16 @@ const TWO: Model = Model {
     same_millisecond: false,
     clock: 1,
     clock_after_failover: None,
+    split: false,
     coarse: false,
+    swift: false,
+    cut_off_replica: false,
+    restarted: false,
     bug: None,
 };
+
+/// For what does not depend on how a flight goes.
+const SWIFT: Model = Model { flights: 1, coarse: true, swift: true, ..TWO };
 
 impl Model {
     /// Whether something happened that C2 makes an exception for.
@@ -138,36 +171,47 @@ fn memory(_: &Model, state: &State) -> bool {
 }
 
 fn redis(model: &Model, state: &State) -> bool {
-    let (floor, known, told) = state.tail().map_or((0, 0, false), |tail| (tail.floor, tail.generation, tail.told));
+    let (floor, told) = state.tail().map_or((Floor::default(), false), |tail| (tail.floor, tail.told));
     state
-        .fresh_in_redis(model, floor, known)
+        .fresh_in_redis(model, floor)
         .is_none_or(|(version, suspect)| version >= state.acknowledged || suspect && !told)
 }
 
 fn caught_up(model: &Model, state: &State) -> bool {
     state.instances.iter().all(|instance| match instance.memory {
         Entry::Fresh { version, .. } if version < state.appended => {
-            !state.caught_up(model, instance) || state.lost && !instance.told
+            !state.caught_up(model, instance) || instance.behind || state.lost && !instance.told
         }
         _ => true,
     })
+}
+
+fn floors(model: &Model, state: &State) -> bool {
+    !state.tail().is_some_and(|tail| tail.told)
+        || state.instances.iter().all(|instance| {
+            instance.floor.at <= state.clock
+                || instance.behind
+                || instance.queue.has_key()
+                || !state.caught_up(model, instance)
+        })
 }
 
 fn converged(model: &Model, state: &State) -> bool {
     let done = |instance: &Instance| {
         instance.flights.is_empty()
             && !instance.queue.has_key()
+            && !instance.behind
             && instance.invocation.is_none()
             && state.caught_up(model, instance)
     };
     let quiet = state.acknowledged == state.database && state.instances.iter().all(done);
-    let (floor, known, told) = state.tail().map_or((0, 0, false), |tail| (tail.floor, tail.generation, tail.told));
+    let (floor, told) = state.tail().map_or((Floor::default(), false), |tail| (tail.floor, tail.told));
     // What Redis lost nobody can know of once all who knew it are gone.
     if !quiet || state.lost && !told && !state.instances.iter().any(|instance| instance.witness) {
         return true;
     }
     let right = |version| version == state.database;
-    state.fresh_in_redis(model, floor, known).is_none_or(|(version, _)| right(version))
+    state.fresh_in_redis(model, floor).is_none_or(|(version, _)| right(version))
         && state.instances.iter().all(|instance| match instance.memory {
             Entry::Fresh { version, .. } => right(version),
             _ => true,
@@ -206,27 +250,34 @@ impl stateright::Model for Model {
             Property::always(MEMORY, memory),
             Property::always(REDIS, redis),
             Property::always(CAUGHT_UP, caught_up),
+            Property::always(FLOORS, floors),
             Property::always(CONVERGED, converged),
-            Property::sometimes("a fill is refused", |_, state: &State| {
-                state.flights().any(|flight| matches!(flight.way, Way::Filled { refused: true, .. }))
-            }),
-            Property::sometimes("an overtaken flight still loads under its lease", |_, state: &State| {
-                state.flights().any(|flight| flight.overtaken && flight.token.is_some())
-            }),
-            Property::sometimes("stale copies stay for fail-safe", |_, state: &State| {
-                state.redis.entry == Entry::Stale && state.instances.iter().all(|one| one.memory == Entry::Stale)
-            }),
-            Property::sometimes(
-                "every commit is acknowledged and everybody has it in memory",
-                |model: &Model, state: &State| {
-                    let newest = |entry| matches!(entry, Entry::Fresh { version, .. } if version == state.database);
-                    state.left.commits == 0
-                        && model.budget.commits > 0
-                        && state.acknowledged == state.database
-                        && state.instances.iter().all(|instance| newest(instance.memory))
-                },
-            ),
         ];
+        if self.flights > 0 {
+            properties.extend([
+                Property::sometimes("an overtaken flight still loads under its lease", |_, state: &State| {
+                    state.flights().any(|flight| flight.overtaken && flight.token.is_some())
+                }),
+                Property::sometimes("stale copies stay for fail-safe", |_, state: &State| {
+                    state.redis.entry == Entry::Stale && state.instances.iter().all(|one| one.memory == Entry::Stale)
+                }),
+                Property::sometimes(
+                    "every commit is acknowledged and everybody has it in memory",
+                    |model: &Model, state: &State| {
+                        let newest = |entry| matches!(entry, Entry::Fresh { version, .. } if version == state.database);
+                        state.left.commits == 0
+                            && model.budget.commits > 0
+                            && state.acknowledged == state.database
+                            && state.instances.iter().all(|instance| newest(instance.memory))
+                    },
+                ),
+            ]);
+        }
+        if !self.swift {
+            properties.push(Property::sometimes("a fill is refused", |_, state: &State| {
+                state.flights().any(|flight| matches!(flight.way, Way::Filled { refused: true, .. }))
+            }));
+        }
         if self.flights > 1 {
             properties.push(Property::sometimes("a flight waits for another instance's load", |_, state: &State| {
                 state.flights().any(|flight| flight.way == Way::Wait)
@@ -344,12 +395,40 @@ fn a_trimmed_log_is_noticed() {
 fn a_flushed_redis_is_noticed() {
     let budget = Budget { commits: 1, flushes: 1, durations: 1, ..Budget::NONE };
     holds(Model { budget, flights: 1, coarse: true, ..TWO });
+    // By an instance that knows of fewer expiries of everything, too.
+    let budget = Budget { commits: 1, flushes: 1, ..Budget::NONE };
+    let model = Model { budget, flights: 1, everything: true, restarted: true, ..SWIFT };
+    holds(model);
+    breaks(Model { bug: Some(Bug::AnsweredByClockAlone), ..model }, CAUGHT_UP);
 }
 
 #[test]
 fn a_redis_that_goes_back_is_noticed_while_anybody_lives_who_knows() {
     let budget = Budget { commits: 1, failovers: 1, durations: 1, ..Budget::NONE };
     holds(Model { budget, flights: 1, coarse: true, ..TWO });
+}
+
+/// An instance that has not read the log yet, too; then and otherwise, others may have appended something since.
+#[test]
+fn an_own_notice_that_is_lost_is_looked_for_wherever_the_log_goes_on() {
+    let budget = Budget { commits: 1, failovers: 1, others: 1, ..Budget::NONE };
+    let model = Model { budget, cut_off_replica: true, ..SWIFT };
+    let restarted = Model { restarted: true, flights: 0, ..model };
+    holds(model);
+    holds(restarted);
+    breaks(Model { bug: Some(Bug::LateReplyBelieved), ..model }, CONVERGED);
+    breaks(Model { bug: Some(Bug::FirstReadSeeksAtTheEnd), ..restarted }, CONVERGED);
+}
+
+/// What it tells the old one comes after what the new one is told, whatever their clocks say.
+#[test]
+fn an_instance_that_goes_on_with_the_old_primary_is_heard_in_the_end() {
+    let budget = Budget { commits: 1, everythings: 1, failovers: 1, ..Budget::NONE };
+    let model = Model { budget, split: true, clock_after_failover: Some(20), cut_off_replica: true, ..SWIFT };
+    holds(model);
+    for bug in [Bug::AnsweredByHigherFloor, Bug::AnsweredByGenerationAlone] {
+        breaks(Model { bug: Some(bug), ..model }, CONVERGED);
+    }
 }
 
 #[test]
@@ -361,6 +440,7 @@ fn each_rule_of_the_protocol_is_needed() {
     let trim = Model { budget: Budget { others: 1, trims: 1, ..commit }, ..TWO };
     let flush = Model { budget: Budget { flushes: 1, ..commit }, flights: 1, ..TWO };
     let everything = Model { everything: true, same_millisecond: true, ..model };
+    let swift = Model { budget: others.budget, ..SWIFT };
     for (bug, model, property) in [
         (Bug::FillsWithoutLease, model, REDIS),
         (Bug::AbsentIgnoresNotices, model, MEMORY),
@@ -373,22 +453,28 @@ fn each_rule_of_the_protocol_is_needed() {
         (Bug::QueueIgnored, model, READERS),
         (Bug::LateJoinerAccepts, model, READERS),
         (Bug::OwnFloorLearntLater, everything, READERS),
-        (Bug::EverythingSwallowsKeys, flush, REDIS),
+        (Bug::EverythingSwallowsKeys, swift, REDIS),
         (Bug::OwnNoticeLostUnnoticed, failover, CONVERGED),
         (Bug::OwnNoticeSoughtAtTheEnd, others, CONVERGED),
         (Bug::FloorIncludesItsMillisecond, everything, REDIS),
+        (Bug::AnsweredUnseen, failover, CONVERGED),
     ] {
         breaks(Model { bug: Some(bug), ..model }, property);
     }
 }
 
-/// Redis goes back, to a clock that is behind by more than the age of an entry that this revives.
+/// Redis goes back, to a clock that is behind by more than the age of an entry that this revives, or by less.
 #[test]
 fn a_redis_that_goes_back_to_an_earlier_time_is_noticed_too() {
     let budget = Budget { commits: 1, failovers: 1, ..Budget::NONE };
-    let model = Model { budget, clock: 9, clock_after_failover: Some(1), coarse: true, ..TWO };
+    let model = Model { budget, clock: 20, clock_after_failover: Some(10), ..SWIFT };
     holds(model);
     breaks(Model { bug: Some(Bug::GenerationIgnored), ..model }, REDIS);
+    breaks(Model { bug: Some(Bug::HigherFloorCounts), ..model }, FLOORS);
+    let model = Model { budget: Budget { ticks: 2, ..budget }, clock: 7, clock_after_failover: Some(5), ..model };
+    let model = Model { cut_off_replica: true, flights: 0, ..model };
+    holds(model);
+    breaks(Model { bug: Some(Bug::AnsweredByClockAlone), ..model }, CONVERGED);
 }
 
 /// Two things at once that are not guarded against; whoever closes it turns this into `holds`.
@@ -396,5 +482,5 @@ fn a_redis_that_goes_back_to_an_earlier_time_is_noticed_too() {
 fn known_limits() {
     // Redis goes back, and the log is trimmed past the place before anybody who knew has read it.
     let budget = Budget { commits: 1, others: 2, trims: 1, failovers: 1, ..Budget::NONE };
-    breaks(Model { budget, flights: 1, coarse: true, ..TWO }, CONVERGED);
+    breaks(Model { budget, cut_off_replica: true, ..SWIFT }, CONVERGED);
 }

@@ -4,6 +4,8 @@
 //! Replies are kept between the two, so any other step may come before they are acted upon. Versions, floors and ids
 //! are small numbers. Fields marked *ghost* exist only to be judged by; no step depends on them.
 
+use std::{cmp::Ordering, collections::BTreeSet, iter, mem};
+
 use super::{Bug, Model};
 
 pub type Version = u8;
@@ -12,8 +14,10 @@ pub type Clock = u8;
 /// Id of a notice; 0 is `0-0`. Never given twice, as Redis makes them from the time.
 pub type Id = u8;
 pub type Token = u8;
-/// How many expiries of everything there have been.
+/// How many expiries of everything there have been; 0 is not known.
 pub type Generation = u8;
+/// As many as an instance that has just started does not reach soon.
+const GENERATION: Generation = 3;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct State {
@@ -26,6 +30,8 @@ pub struct State {
     pub redis: Redis,
     /// What a fail-over would bring back.
     pub replica: Option<Box<Redis>>,
+    /// A primary that was replaced and does not know, and its clock.
+    pub replaced: Option<Box<(Redis, Clock)>>,
     /// Ghost: a fail-over lost notices.
     pub lost: bool,
     pub clock: Clock,
@@ -40,6 +46,10 @@ pub struct Budget {
     pub commits: u8,
     /// Notices about other keys.
     pub others: u8,
+    /// Expiries of everything by who is no more.
+    pub everythings: u8,
+    /// Redis' clock moves on by itself.
+    pub ticks: u8,
     pub crashes: u8,
     pub disconnects: u8,
     /// Redis loses everything.
@@ -60,6 +70,8 @@ impl Budget {
     pub const NONE: Self = Self {
         commits: 0,
         others: 0,
+        everythings: 0,
+        ticks: 0,
         crashes: 0,
         disconnects: 0,
         flushes: 0,
@@ -116,8 +128,7 @@ pub enum Scope {
 pub struct Notice {
     pub id: Id,
     pub previous: Id,
-    pub floor: Clock,
-    pub generation: Generation,
+    pub floor: Floor,
     /// `None`: an instance that is no more.
     pub author: Option<usize>,
     pub scope: Scope,
@@ -129,30 +140,24 @@ pub struct Notice {
 
 impl Notice {
     /// What stands before the first one.
-    const NONE: Self = Self {
-        id: 0,
-        previous: 0,
-        floor: 0,
-        generation: 0,
-        author: None,
-        scope: Scope::Nothing,
-        covers: 0,
-        told: false,
-    };
+    const NONE: Self =
+        Self { id: 0, previous: 0, floor: Floor::NONE, author: None, scope: Scope::Nothing, covers: 0, told: false };
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Instance {
     pub memory: Entry,
     pub flights: Vec<Flight>,
-    pub floor: Clock,
-    pub generation: Generation,
+    pub floor: Floor,
     /// `None`: the log was not read yet.
     pub position: Option<Id>,
     /// Read from the log and not yet acted upon.
     pub reply: Option<Reply>,
-    /// The last notice that this instance knows to be in the log though it has not read it there; 0: none.
-    pub own: Id,
+    pub own: Own,
+    /// When something was last heard or acknowledged, by the clock that Redis has now; 0: never.
+    pub youngest: Clock,
+    /// Still connected to the primary that was replaced.
+    pub behind: bool,
     pub queue: Queue,
     /// The host waits for this.
     pub invocation: Option<Item>,
@@ -165,6 +170,37 @@ pub struct Instance {
     pub witness: bool,
     /// Ghost: a reader got what it must not get.
     pub wronged: bool,
+}
+
+/// The instance's own notices, in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Own {
+    /// Acknowledged and not heard yet.
+    pub unheard: Vec<Id>,
+    /// Acknowledged when the log was behind them already.
+    pub doubtful: Vec<Id>,
+    /// Heard before it was acknowledged; 0: none.
+    pub early: Id,
+}
+
+/// What the last expiry of everything left.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Floor {
+    pub at: Clock,
+    pub generation: Generation,
+}
+
+impl Floor {
+    const NONE: Self = Self { at: 0, generation: 0 };
+
+    fn and(self, model: &Model, other: Self) -> Self {
+        let is_unread = self.generation == 0 || other.generation == 0;
+        let alike = is_unread || self.generation == other.generation;
+        if alike || model.bug == Some(Bug::HigherFloorCounts) {
+            return Self { at: self.at.max(other.at), generation: self.generation.max(other.generation) };
+        }
+        if self.generation > other.generation { self } else { other }
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -193,8 +229,8 @@ pub struct Delivery {
 pub enum Done {
     /// The first of the two commands.
     Half,
-    /// Both commands; the floor and the generation that the notice has.
-    Both(Id, Clock, Generation),
+    /// Both commands; the notice, and the floor that it has.
+    Both(Id, Floor),
     /// What came into memory meanwhile is stale too.
     Here,
 }
@@ -211,6 +247,8 @@ pub struct Reply {
     pub notice: Notice,
     /// The notice is only where to go on from.
     pub start: bool,
+    /// Its floor was said after whatever may be lost.
+    pub answers: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -256,6 +294,9 @@ pub enum Action {
     Commit,
     /// Somebody expires another key.
     ExpireOther,
+    /// Somebody who is no more expires everything.
+    ExpireAll,
+    Tick,
     /// The host delivers what is not acknowledged.
     Invoke(usize, Scope),
     /// The host gives up waiting.
@@ -286,19 +327,26 @@ pub enum Action {
     Flush,
     Trim,
     Replicate,
-    FailOver,
+    FailOver {
+        /// Replies of the old primary still come.
+        late: bool,
+        /// Who does not hear of it.
+        behind: Option<usize>,
+    },
 }
 
 impl State {
     pub fn cold(model: &Model) -> Self {
-        let first = Notice { id: 1, ..Notice::NONE };
-        let instance = Instance { position: Some(1), ..Instance::default() };
+        let floor = Floor { at: model.clock - 1, generation: GENERATION };
+        let first = Notice { id: 1, floor, ..Notice::NONE };
+        let instance = Instance { position: Some(1), floor, ..Instance::default() };
         Self {
             database: 1,
             acknowledged: 1,
             appended: 1,
             redis: Redis { log: vec![first], ..Redis::default() },
             replica: None,
+            replaced: None,
             lost: false,
             clock: model.clock,
             last_id: 1,
@@ -310,9 +358,15 @@ impl State {
     /// As after a read on every instance.
     pub fn warm(model: &Model) -> Self {
         let mut state = Self::cold(model);
-        state.redis.entry = Entry::Fresh { version: 1, began: model.clock, generation: 0, suspect: false };
+        state.redis.entry = Entry::Fresh { version: 1, began: model.clock, generation: GENERATION, suspect: false };
         for instance in &mut state.instances {
             instance.memory = Entry::Fresh { version: 1, began: 0, generation: 0, suspect: false };
+        }
+        if model.restarted {
+            state.instances[0] = Instance::default();
+        }
+        if model.cut_off_replica {
+            state.replica = Some(Box::new(state.redis.clone()));
         }
         state
     }
@@ -321,16 +375,25 @@ impl State {
         self.redis.log.last()
     }
 
-    /// Whether Redis' entry is fresh for who knows this floor and this generation.
-    pub fn fresh_in_redis(&self, model: &Model, floor: Clock, known: Generation) -> Option<(Version, bool)> {
+    /// The Redis that this instance is connected to.
+    fn redis_of(&self, instance: &Instance) -> &Redis {
+        match &self.replaced {
+            Some(replaced) if instance.behind => &replaced.0,
+            _ => &self.redis,
+        }
+    }
+
+    /// Whether Redis' entry is fresh for who knows this floor.
+    pub fn fresh_in_redis(&self, model: &Model, floor: Floor) -> Option<(Version, bool)> {
         match self.redis.entry {
             Entry::Fresh { version, began, generation, suspect } => {
                 // Its age is never negative, though Redis' clock may have been set back.
                 let began = began.min(self.clock);
-                let above = began > floor || began == floor && model.bug == Some(Bug::FloorIncludesItsMillisecond);
+                let above =
+                    began > floor.at || began == floor.at && model.bug == Some(Bug::FloorIncludesItsMillisecond);
                 // Either rule hides that the other one is missing, but for a clock that goes back.
                 let uncounted = matches!(model.bug, Some(Bug::GenerationIgnored | Bug::FloorIncludesItsMillisecond));
-                let counted = generation >= known || uncounted;
+                let counted = generation >= floor.generation || uncounted;
                 (above && counted).then_some((version, suspect))
             }
             _ => None,
@@ -379,17 +442,25 @@ impl State {
             if left.crashes > 0 {
                 actions.push(Action::Crash(i));
             }
-            if instance.cut_off {
+            if instance.cut_off || instance.behind {
                 actions.push(Action::Reconnect(i));
             } else if left.disconnects > 0 {
                 actions.push(Action::CutOff(i));
             }
         }
-        if left.commits > 0 {
+        // Before a fail-over that loses all since the start, nobody would know of them after it.
+        let early = model.cut_off_replica && left.failovers > 0;
+        if left.commits > 0 && !(early && model.split) {
             actions.push(Action::Commit);
         }
-        if left.others > 0 {
+        if left.others > 0 && !early {
             actions.push(Action::ExpireOther);
+        }
+        if left.everythings > 0 && !early {
+            actions.push(Action::ExpireAll);
+        }
+        if left.ticks > 0 {
+            actions.push(Action::Tick);
         }
         if self.redis.lease.is_some_and(|lease| left.timeouts > 0 || !self.is_held(lease.token)) {
             actions.push(Action::LeaseEnds);
@@ -403,8 +474,16 @@ impl State {
         if left.trims > 0 && self.redis.log.len() > 1 {
             actions.push(Action::Trim);
         }
-        if left.failovers > 0 {
-            actions.push(if self.replica.is_some() { Action::FailOver } else { Action::Replicate });
+        if left.failovers > 0 && self.replica.is_none() {
+            actions.push(Action::Replicate);
+        } else if left.failovers > 0 && model.split {
+            let behind = |i| Action::FailOver { late: false, behind: Some(i) };
+            actions.extend((0..self.instances.len()).map(behind));
+        } else if left.failovers > 0 {
+            actions.push(Action::FailOver { late: false, behind: None });
+            if self.instances.iter().any(|one| one.is_unacknowledged().is_some()) {
+                actions.push(Action::FailOver { late: true, behind: None });
+            }
         }
     }
 
@@ -414,7 +493,7 @@ impl State {
                 Way::Look => actions.push(Action::Look(i, f)),
                 Way::Wait => {
                     // To look again while nothing has changed changes nothing.
-                    if self.redis.lease.is_none() || instance.cut_off {
+                    if self.redis_of(instance).lease.is_none() || instance.cut_off {
                         actions.push(Action::Look(i, f));
                     }
                     if self.left.timeouts > 0 {
@@ -466,6 +545,43 @@ impl State {
     }
 
     pub fn step(&mut self, model: &Model, action: Action) {
+        use Action::{Append, Arrive, ExpireInRedis, FailLoad, Fill, Look};
+        match action {
+            ExpireInRedis(i) | Append(i, _) | Arrive(i) | Look(i, _) | Fill(i, _) | FailLoad(i, _)
+                if self.instances[i].behind =>
+            {
+                self.swap_redis();
+                self.act(model, action);
+                self.swap_redis();
+                if let Append(i, _) = action {
+                    self.forget_that_it_was_told();
+                    self.instances[i].witness = true;
+                }
+            }
+            _ => self.act(model, action),
+        }
+        self.forget(model);
+    }
+
+    fn swap_redis(&mut self) {
+        if let Some(replaced) = &mut self.replaced {
+            mem::swap(&mut replaced.0, &mut self.redis);
+            mem::swap(&mut replaced.1, &mut self.clock);
+        }
+    }
+
+    /// Ghost: what was said of a loss came before this one.
+    fn forget_that_it_was_told(&mut self) {
+        self.lost = true;
+        self.redis.suspect(true);
+        self.notices(|notice| notice.told = false);
+        for instance in &mut self.instances {
+            instance.told = false;
+            instance.flights.iter_mut().for_each(|flight| flight.told = false);
+        }
+    }
+
+    fn act(&mut self, model: &Model, action: Action) {
         let left = self.left;
         match action {
             Action::Commit => {
@@ -474,7 +590,15 @@ impl State {
             }
             Action::ExpireOther => {
                 self.left.others -= 1;
-                self.append(None, Scope::Nothing, 0);
+                self.append(None, Scope::Nothing, 0, [true, true]);
+            }
+            Action::ExpireAll => {
+                self.left.everythings -= 1;
+                self.append(None, Scope::Everything, 0, [true, true]);
+            }
+            Action::Tick => {
+                self.left.ticks -= 1;
+                self.clock += 1;
             }
             Action::Invoke(i, scope) => {
                 let (covers, instance) = (self.database, &mut self.instances[i]);
@@ -497,11 +621,16 @@ impl State {
             }
             Action::Acknowledge(i) => self.acknowledge(i),
             Action::ReadLog(i) => {
-                if self.redis.log.is_empty() {
-                    self.append(Some(i), Scope::Nothing, 0);
+                if self.redis_of(&self.instances[i]).log.is_empty() {
+                    self.append(Some(i), Scope::Nothing, 0, [true, true]);
                 }
                 let reply = self.read(model, &self.instances[i]);
-                self.instances[i].reply = reply;
+                let instance = &mut self.instances[i];
+                instance.reply = reply;
+                // What was looked for is settled; what is acknowledged from now on is not.
+                if reply.is_some_and(|reply| reply.start) {
+                    instance.own = Own { early: instance.own.early, ..Own::default() };
+                }
                 // But for a fail-over in between, to act later is to read later.
                 if left.failovers == 0 && reply.is_some_and(|reply| reply.why.is_none()) {
                     self.hear(model, i);
@@ -509,13 +638,21 @@ impl State {
             }
             Action::Resume(i) => self.instances[i].position = self.tail().map(|tail| tail.id),
             Action::Hear(i) => self.hear(model, i),
-            Action::Arrive(i) => self.instances[i].lead(model, false),
+            Action::Arrive(i) => {
+                self.instances[i].lead(model, false);
+                if model.swift {
+                    self.go_on(model, i, self.instances[i].flights.len() - 1);
+                }
+            }
             Action::Refresh(i) => {
                 self.left.refreshes -= 1;
                 self.instances[i].lead(model, true);
             }
             Action::Look(i, f) => {
                 self.look(model, i, f);
+                if model.swift {
+                    self.go_on(model, i, f);
+                }
                 self.instances[i].land_overtaken(model);
             }
             Action::WaitEnds(i, f) => {
@@ -526,6 +663,9 @@ impl State {
             Action::BeginLoad(i, f) => self.instances[i].flights[f].way = Way::Loading { version: self.database },
             Action::Fill(i, f) => {
                 self.fill(model, i, f);
+                if model.swift {
+                    self.instances[i].land(model, f);
+                }
                 self.instances[i].land_overtaken(model);
             }
             Action::FailLoad(i, f) => self.fail_load(i, f),
@@ -551,9 +691,16 @@ impl State {
             Action::CutOff(i) => {
                 self.left.disconnects -= 1;
                 self.instances[i].cut_off = true;
-                self.instances[i].lose_replies(model);
+                self.instances[i].lose_replies(model, false);
             }
-            Action::Reconnect(i) => self.instances[i].cut_off = false,
+            Action::Reconnect(i) => {
+                let instance = &mut self.instances[i];
+                instance.cut_off = false;
+                if mem::take(&mut instance.behind) {
+                    instance.lose_replies(model, false);
+                    self.replaced = None;
+                }
+            }
             Action::Flush => {
                 self.left.flushes -= 1;
                 self.redis = Redis::default();
@@ -563,32 +710,49 @@ impl State {
                 self.redis.log.drain(..self.redis.log.len() - 1);
             }
             Action::Replicate => self.replica = Some(Box::new(self.redis.clone())),
-            Action::FailOver => self.fail_over(model),
+            Action::FailOver { late, behind } => self.fail_over(model, late, behind),
         }
-        self.forget();
     }
 
     /// Leaves out what nobody can ever look at again, so that equal futures are equal states.
-    fn forget(&mut self) {
+    fn forget(&mut self, model: &Model) {
         let heard = self.instances.iter().filter_map(|instance| instance.position).min().unwrap_or(0);
-        while self.redis.log.len() > 1 && self.redis.log[0].id <= heard {
+        let sought = |instance: &Instance, id| instance.is_unacknowledged() == Some(id) || instance.own.has(id);
+        while self.redis.log.len() > 1
+            && self.redis.log[0].id <= heard
+            && !self.instances.iter().any(|instance| sought(instance, self.redis.log[0].id))
+        {
             self.redis.log.remove(0);
         }
         if self.left.failovers == 0 {
             self.replica = None;
         }
         for (i, instance) in self.instances.iter_mut().enumerate() {
-            if self.left.failovers == 0 {
+            if self.left.failovers == 0 && !instance.behind {
                 instance.skip_own(i, &self.redis.log);
             }
-            if self.left.failovers == 0 && !self.lost || instance.position >= Some(instance.own) {
-                instance.own = 0;
+            let nothing_is_lost = self.left.failovers == 0 && !self.lost && self.replaced.is_none();
+            if nothing_is_lost {
+                instance.own = Own::default();
+            }
+            if nothing_is_lost && model.budget.flushes == 0 {
+                instance.youngest = 0;
+            }
+            // Looked for at once: later, only more would be found lost.
+            if !instance.behind {
+                instance.own.doubtful.retain(|own| self.redis.log.iter().all(|notice| notice.id != *own));
+            }
+            if instance.is_unacknowledged() != Some(instance.own.early) {
+                instance.own.early = 0;
             }
         }
     }
 
     pub fn notices(&mut self, mut each: impl FnMut(&mut Notice)) {
         self.redis.log.iter_mut().for_each(&mut each);
+        if let Some(replaced) = &mut self.replaced {
+            replaced.0.log.iter_mut().for_each(&mut each);
+        }
         if let Some(replica) = &mut self.replica {
             replica.log.iter_mut().for_each(&mut each);
         }
@@ -599,7 +763,8 @@ impl State {
 
     pub fn tokens(&mut self, mut each: impl FnMut(&mut Token)) {
         let in_replica = self.replica.as_deref_mut().and_then(|replica| replica.lease.as_mut());
-        self.redis.lease.iter_mut().chain(in_replica).for_each(|lease| each(&mut lease.token));
+        let in_replaced = self.replaced.as_mut().and_then(|replaced| replaced.0.lease.as_mut());
+        self.redis.lease.iter_mut().chain(in_replica).chain(in_replaced).for_each(|lease| each(&mut lease.token));
         for flight in self.instances.iter_mut().flat_map(|instance| &mut instance.flights) {
             flight.token.iter_mut().for_each(&mut each);
         }
@@ -610,97 +775,116 @@ impl State {
         self.notices(|notice| {
             id(&mut notice.id);
             id(&mut notice.previous);
-            time(&mut notice.floor);
+            time(&mut notice.floor.at);
         });
         time(&mut self.clock);
-        for redis in std::iter::once(&mut self.redis).chain(self.replica.as_deref_mut()) {
+        let replaced = self.replaced.as_deref_mut().map(|(redis, clock)| {
+            time(clock);
+            redis
+        });
+        for redis in iter::once(&mut self.redis).chain(self.replica.as_deref_mut()).chain(replaced) {
             if let Entry::Fresh { began, .. } = &mut redis.entry {
                 time(began);
             }
             redis.lease.iter_mut().for_each(|lease| time(&mut lease.began));
         }
         for instance in &mut self.instances {
-            time(&mut instance.floor);
-            id(&mut instance.own);
+            time(&mut instance.floor.at);
+            time(&mut instance.youngest);
+            let Own { unheard, doubtful, early } = &mut instance.own;
+            unheard.iter_mut().chain(doubtful).chain([early]).for_each(&mut id);
             instance.position.iter_mut().for_each(&mut id);
-            if let Some(Delivery { done: Done::Both(number, floor, _), .. }) = &mut instance.queue.delivery {
+            if let Some(Delivery { done: Done::Both(number, floor), .. }) = &mut instance.queue.delivery {
                 id(number);
-                time(floor);
+                time(&mut floor.at);
             }
         }
     }
 
     // The log.
 
-    /// Without one rule of the script's, that the first notice of a log raises the floor whatever its scope: what holds here
-    /// holds without it.
-    fn append(&mut self, author: Option<usize>, scope: Scope, covers: Version) -> Notice {
+    /// `ticks`: whether Redis' clock moves before and after; it only matters where a floor is set.
+    fn append(&mut self, author: Option<usize>, scope: Scope, covers: Version, ticks: [bool; 2]) -> Notice {
         let last = self.tail().copied();
-        let everything = scope == Scope::Everything;
-        let known = author.map_or(0, |author| self.instances[author].generation);
-        let generation = last.map_or(0, |last| last.generation).max(known) + u8::from(everything);
+        // The first notice of a log, too: what was there may have said that what is in Redis is stale.
+        let raises = scope == Scope::Everything || last.is_none();
+        let known = author.map_or(0, |author| self.instances[author].floor.generation);
+        let floor = last.map_or(Floor::NONE, |last| last.floor);
+        self.clock += u8::from(raises && ticks[0]);
         self.last_id += 1;
         self.appended = self.appended.max(covers);
         let notice = Notice {
             id: self.last_id,
             previous: last.map_or(0, |last| last.id),
-            floor: if everything { self.clock } else { last.map_or(0, |last| last.floor) },
-            generation,
+            floor: Floor {
+                at: if raises { self.clock } else { floor.at },
+                generation: floor.generation.max(known) + u8::from(raises),
+            },
             author,
             scope,
             covers: last.map_or(0, |last| last.covers).max(covers),
-            told: everything && self.lost || last.is_some_and(|last| last.told),
+            told: raises && self.lost || last.is_some_and(|last| last.told),
         };
+        self.clock += u8::from(raises && ticks[1]);
         self.redis.log.push(notice);
         notice
     }
 
     /// What the next read of the log brings, if anything. A log without a notice gets one first.
     fn read(&self, model: &Model, instance: &Instance) -> Option<Reply> {
-        let tail = *self.tail().unwrap_or(&Notice::NONE);
-        let start = |why| Some(Reply { why, notice: tail, start: true });
-        let Some(position) = instance.position else { return start(Some(Why::Missed)) };
-        let own_is_lost = |after: Id, before: Id| {
-            after < instance.own && instance.own < before && model.bug != Some(Bug::OwnNoticeLostUnnoticed)
+        let log = &self.redis_of(instance).log;
+        let tail = *log.last().unwrap_or(&Notice::NONE);
+        let reply = |why: Option<Why>, notice: Notice, start| {
+            let why = why.filter(|_| model.bug != Some(Bug::ResetUnnoticed) || why != Some(Why::Reset));
+            let answers = notice.floor.at > instance.youngest && !instance.behind;
+            Some(Reply { why, notice, start, answers })
         };
-        let Some(notice) = self.redis.log.iter().find(|notice| notice.id > position) else {
-            return match tail.id {
-                0 if model.bug == Some(Bug::ResetUnnoticed) => start(None),
-                id if id == position && !own_is_lost(position, Id::MAX) => None,
-                _ if model.bug == Some(Bug::ResetUnnoticed) => start(None),
-                _ => start(Some(Why::Reset)),
-            };
+        let start = |why| reply(Some(why), tail, true);
+        let lacks = |own: &Id| log.iter().all(|notice| notice.id != *own);
+        let Own { unheard, doubtful, .. } = &instance.own;
+        let Some(position) = instance.position else {
+            let at_the_end = model.bug == Some(Bug::FirstReadSeeksAtTheEnd);
+            let lost = unheard.iter().chain(doubtful).any(|own| if at_the_end { *own > tail.id } else { lacks(own) });
+            return start(if lost { Why::Reset } else { Why::Missed });
         };
-        let why = match notice.previous {
-            previous if previous < position => Some(Why::Reset),
-            previous if own_is_lost(previous, notice.id) && model.bug != Some(Bug::OwnNoticeSoughtAtTheEnd) => {
-                Some(Why::Reset)
-            }
-            previous if previous > position => Some(Why::Missed),
-            _ => None,
+        if doubtful.iter().any(lacks) {
+            return start(Why::Reset);
+        }
+        let Some(notice) = log.iter().find(|notice| notice.id > position) else {
+            let own_is_lost = unheard.last().is_some_and(|own| tail.id < *own);
+            return if tail.id == position && !own_is_lost { None } else { start(Why::Reset) };
         };
-        let unnoticed = match why {
-            Some(Why::Missed) => model.bug == Some(Bug::TrimUnnoticed),
-            Some(Why::Reset) => model.bug == Some(Bug::ResetUnnoticed),
-            None => false,
-        };
-        Some(Reply { why: why.filter(|_| !unnoticed), notice: *notice, start: false })
+        match notice.previous.cmp(&position) {
+            Ordering::Less => reply(Some(Why::Reset), *notice, false),
+            Ordering::Greater if model.bug != Some(Bug::TrimUnnoticed) => reply(Some(Why::Missed), *notice, false),
+            _ => reply(None, *notice, false),
+        }
     }
 
     fn hear(&mut self, model: &Model, i: usize) {
         let instance = &mut self.instances[i];
-        let Some(Reply { why, notice, start }) = instance.reply.take() else { return };
-        let known_floor = instance.floor;
-        instance.floor = instance.floor.max(notice.floor);
-        instance.generation = instance.generation.max(notice.generation);
-        instance.told |= notice.told || self.lost && why == Some(Why::Reset);
+        let Some(Reply { mut why, notice, start, answers }) = instance.reply.take() else { return };
+        if start {
+            instance.own.jump(notice.id);
+        } else if !instance.own.hear(model, notice.id, notice.author == Some(i)) {
+            why = Some(Why::Reset);
+        }
         instance.position = Some(notice.id);
+        instance.youngest = self.clock;
+        let known = instance.floor;
+        instance.floor = known.and(model, notice.floor);
+        instance.told |= notice.told || self.lost && why == Some(Why::Reset);
         instance.known = instance.known.max(notice.covers);
-        if why == Some(Why::Reset) {
-            instance.own = 0;
-            if notice.floor <= known_floor {
-                instance.queue.add(model, Scope::Everything, 0);
-            }
+        let answered = match model.bug {
+            Some(Bug::AnsweredUnseen) => true,
+            Some(Bug::AnsweredByHigherFloor) => notice.floor.at > known.at,
+            Some(Bug::AnsweredByClockAlone) => answers,
+            Some(Bug::AnsweredByGenerationAlone) => notice.floor.generation > known.generation,
+            // A generation that is known may have been said by the clock of the Redis before.
+            _ => answers && notice.floor.generation > known.generation,
+        };
+        if why == Some(Why::Reset) && !answered {
+            instance.queue.add(model, Scope::Everything, 0);
         }
         if why.is_some() {
             instance.expire(model, Scope::Everything);
@@ -722,7 +906,7 @@ impl State {
         let queue = &mut self.instances[i].queue;
         queue.delivery = match queue.delivery {
             // Only with Bug::AppendsBeforeExpiring.
-            Some(delivery) => Some(Delivery { done: Done::Both(0, 0, 0), ..delivery }),
+            Some(delivery) => Some(Delivery { done: Done::Both(0, Floor::NONE), ..delivery }),
             None => queue.key.map(|item| Delivery { scope: Scope::Key, covers: item.covers, done: Done::Half }),
         };
     }
@@ -734,26 +918,26 @@ impl State {
             (None, Some(item), _) => (Scope::Everything, item.covers),
             (None, None, item) => (Scope::Key, item.map_or(0, |item| item.covers)),
         };
-        // The clock only matters where a floor is set.
-        let everything = scope == Scope::Everything;
-        self.clock += u8::from(everything && ticks[0]);
-        let notice = self.append(Some(i), scope, covers);
-        self.clock += u8::from(everything && ticks[1]);
-        let half = model.bug == Some(Bug::AppendsBeforeExpiring) && !everything;
-        let done = if half { Done::Half } else { Done::Both(notice.id, notice.floor, notice.generation) };
+        let notice = self.append(Some(i), scope, covers, ticks);
+        let half = model.bug == Some(Bug::AppendsBeforeExpiring) && scope != Scope::Everything;
+        let done = if half { Done::Half } else { Done::Both(notice.id, notice.floor) };
         self.instances[i].queue.delivery = Some(Delivery { scope, covers, done });
     }
 
     fn expire_here(&mut self, model: &Model, i: usize) {
         let instance = &mut self.instances[i];
-        let Some(Delivery { scope, covers, done: Done::Both(id, floor, generation) }) = instance.queue.delivery else {
+        let Some(Delivery { scope, covers, done: Done::Both(id, floor) }) = instance.queue.delivery else {
             return;
         };
         if model.bug != Some(Bug::OwnFloorLearntLater) {
-            instance.floor = instance.floor.max(floor);
-            instance.generation = instance.generation.max(generation);
+            instance.floor = instance.floor.and(model, floor);
         }
-        instance.own = instance.own.max(id);
+        instance.own.appended(model, id, instance.position);
+        instance.youngest = self.clock;
+        // What is acknowledged while a read is under way may be lost, too.
+        if let Some(reply) = &mut instance.reply {
+            reply.answers = false;
+        }
         instance.expire(model, scope);
         instance.queue.delivery = Some(Delivery { scope, covers, done: Done::Here });
     }
@@ -779,11 +963,13 @@ impl State {
     // A flight.
 
     fn look(&mut self, model: &Model, i: usize, f: usize) {
-        let Instance { floor, generation, .. } = self.instances[i];
-        let fresh = self.fresh_in_redis(model, floor, generation);
+        let floor = self.instances[i].floor;
+        let fresh = self.fresh_in_redis(model, floor);
         let drawn = (0..).find(|token| {
             let in_replica = self.replica.as_ref().and_then(|replica| replica.lease);
-            !self.is_held(*token) && ![self.redis.lease, in_replica].iter().flatten().any(|old| old.token == *token)
+            let in_replaced = self.replaced.as_ref().and_then(|replaced| replaced.0.lease);
+            !self.is_held(*token)
+                && ![self.redis.lease, in_replica, in_replaced].iter().flatten().any(|old| old.token == *token)
         });
         let instance = &mut self.instances[i];
         let flight = &mut instance.flights[f];
@@ -793,15 +979,28 @@ impl State {
             _ if self.redis.lease.is_some() => Way::Wait,
             _ => {
                 flight.token = drawn;
-                let lease = |token| Lease { token, began: self.clock, generation, suspect: false };
+                let lease = |token| Lease { token, began: self.clock, generation: floor.generation, suspect: false };
                 self.redis.lease = drawn.map(lease);
                 Way::Load
             }
         };
     }
 
+    /// To the next step that takes its time: a load, or a wait for another one.
+    fn go_on(&mut self, model: &Model, i: usize, f: usize) {
+        if self.instances[i].flights[f].way == Way::Look {
+            self.look(model, i, f);
+        }
+        let flight = &mut self.instances[i].flights[f];
+        match flight.way {
+            Way::Load => flight.way = Way::Loading { version: self.database },
+            Way::Found { .. } => self.instances[i].land(model, f),
+            _ => {}
+        }
+    }
+
     fn fill(&mut self, model: &Model, i: usize, f: usize) {
-        let Instance { cut_off, generation, .. } = self.instances[i];
+        let Instance { cut_off, floor: Floor { generation, .. }, .. } = self.instances[i];
         let flight = &mut self.instances[i].flights[f];
         let Way::Loading { version } = flight.way else { return };
         let lease = self.redis.lease.filter(|lease| Some(lease.token) == flight.token);
@@ -830,25 +1029,77 @@ impl State {
 
     // Faults.
 
-    fn fail_over(&mut self, model: &Model) {
+    fn fail_over(&mut self, model: &Model, late: bool, behind: Option<usize>) {
         self.left.failovers -= 1;
         let Some(replica) = self.replica.take() else { return };
         let last = |log: &[Notice]| log.last().map_or(0, |notice| notice.id);
         let end = last(&replica.log);
         self.lost = end < last(&self.redis.log);
-        for instance in &mut self.instances {
-            instance.witness = instance.position.max(Some(instance.own)) > Some(end);
+        let old = mem::replace(&mut self.redis, *replica);
+        self.redis.suspect(self.lost);
+        let clock = model.clock_after_failover.unwrap_or(self.clock);
+        for (i, instance) in self.instances.iter_mut().enumerate() {
+            instance.behind = behind == Some(i);
+            // Connections break; what was on its way is lost with them.
+            if !instance.behind {
+                instance.lose_replies(model, late);
+            }
+            let Own { unheard, doubtful, .. } = &instance.own;
+            let own = unheard.iter().chain(doubtful).copied().chain(instance.is_unacknowledged()).max();
+            instance.witness = instance.position.max(own) > Some(end);
+            if instance.youngest > 0 {
+                instance.youngest = (instance.youngest + clock).saturating_sub(self.clock);
+            }
         }
-        self.redis = *replica;
-        if let Entry::Fresh { suspect, .. } = &mut self.redis.entry {
-            *suspect = self.lost;
+        let old_clock = mem::replace(&mut self.clock, clock);
+        self.replaced = behind.map(|_| Box::new((old, old_clock)));
+    }
+}
+
+impl Redis {
+    fn suspect(&mut self, is_suspect: bool) {
+        if let Entry::Fresh { suspect, .. } = &mut self.entry {
+            *suspect = is_suspect;
         }
-        if let Some(lease) = &mut self.redis.lease {
-            lease.suspect = self.lost;
+        if let Some(lease) = &mut self.lease {
+            lease.suspect = is_suspect;
         }
-        self.clock = model.clock_after_failover.unwrap_or(self.clock);
-        // Connections break; what was on its way is lost with them.
-        self.instances.iter_mut().for_each(|instance| instance.lose_replies(model));
+    }
+}
+
+impl Own {
+    fn appended(&mut self, model: &Model, notice: Id, heard: Option<Id>) {
+        if notice == 0 || model.bug == Some(Bug::OwnNoticeLostUnnoticed) || self.early == notice {
+            return;
+        }
+        if Some(notice) > heard {
+            self.unheard.push(notice);
+        } else if model.bug != Some(Bug::LateReplyBelieved) {
+            self.doubtful.push(notice);
+        }
+    }
+
+    /// `false` if one of ours should have come before this notice.
+    fn hear(&mut self, model: &Model, notice: Id, is_ours: bool) -> bool {
+        if is_ours && !self.unheard.contains(&notice) {
+            self.early = notice;
+        }
+        self.unheard.retain(|own| *own != notice);
+        if self.unheard.first().is_none_or(|own| *own > notice) {
+            return true;
+        }
+        self.unheard.retain(|own| *own > notice && model.bug == Some(Bug::OwnNoticeSoughtAtTheEnd));
+        model.bug == Some(Bug::OwnNoticeSoughtAtTheEnd)
+    }
+
+    /// The log goes on after `tail`; what there is has been acknowledged since that was read.
+    fn jump(&mut self, tail: Id) {
+        let unsettled = self.doubtful.drain(..).chain(self.unheard.drain(..)).collect::<BTreeSet<_>>();
+        (self.doubtful, self.unheard) = unsettled.into_iter().partition(|own| *own <= tail);
+    }
+
+    fn has(&self, notice: Id) -> bool {
+        self.unheard.contains(&notice) || self.doubtful.contains(&notice)
     }
 }
 
@@ -943,11 +1194,19 @@ impl Instance {
         self.flights.push(Flight { joinable: true, overtaken: false, alone, refresh, token, way, least, told });
     }
 
+    /// The notice that Redis has and whose acknowledgement has not come.
+    fn is_unacknowledged(&self) -> Option<Id> {
+        match self.queue.delivery {
+            Some(Delivery { done: Done::Both(notice, _), .. }) => Some(notice),
+            _ => None,
+        }
+    }
+
     /// Reads own notices that say nothing new: whether now or later makes no difference.
     fn skip_own(&mut self, i: usize, log: &[Notice]) {
         for notice in log {
-            let continues =
-                Some(notice.previous) == self.position && !(notice.previous + 1..notice.id).contains(&self.own);
+            let is_next = self.own.unheard.first().is_none_or(|own| *own >= notice.id);
+            let continues = Some(notice.previous) == self.position && is_next && self.own.doubtful.is_empty();
             if Some(notice.id) <= self.position {
                 continue;
             }
@@ -955,11 +1214,17 @@ impl Instance {
                 return;
             }
             self.position = Some(notice.id);
+            let was_acknowledged = self.own.has(notice.id);
+            self.own.unheard.retain(|own| *own != notice.id);
+            if !was_acknowledged {
+                self.own.early = notice.id;
+            }
         }
     }
 
-    /// What Redis answered does not arrive, and what was only half sent is not carried out.
-    fn lose_replies(&mut self, model: &Model) {
+    /// What Redis answered does not arrive, unless it is an acknowledgement that comes `late`, and what was only half sent
+    /// is not carried out.
+    fn lose_replies(&mut self, model: &Model, late: bool) {
         for flight in &mut self.flights {
             flight.way = match flight.way {
                 Way::Found { .. } | Way::Load => {
@@ -971,7 +1236,8 @@ impl Instance {
             };
         }
         self.land_overtaken(model);
-        if self.queue.delivery.is_some_and(|delivery| delivery.done != Done::Here) {
+        let arrives = |done| done == Done::Here || late && matches!(done, Done::Both(..));
+        if self.queue.delivery.is_some_and(|delivery| !arrives(delivery.done)) {
             self.queue.delivery = None;
             self.queue.nothing_is_late();
             self.invocation = self.invocation.map(|invocation| Item { late: false, ..invocation });
