@@ -1,12 +1,13 @@
 //! `handler`: settings → pools → [`App`] → serve → drain. The only place with exit codes.
 
 use std::{
+    cell::Cell,
     io::{self, Write},
     net::Ipv4Addr,
     path::Path,
     process::ExitCode,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use actix_web::{HttpServer, http::KeepAlive};
@@ -130,25 +131,24 @@ async fn run(config: Config) -> ExitCode {
     let handle = server.handle();
     let changes = app.follow_changes();
     tokio::spawn(announce(app.clone(), role, port, http.route_prefix, redis));
+    let stopping_since = Cell::new(None);
     let cut_short = async {
         let name = stop.next().await;
         tracing::info!("{name}: finishing requests in flight");
-        tokio::select! {
-            biased;
-            () = handle.stop(true) => {}
-            name = stop.next() => return tracing::warn!("{name} again: requests in flight are cut off"),
-            () = tokio::time::sleep(http.drain) => {
-                tracing::warn!(seconds = http.drain.as_secs(), "requests still in flight are cut off");
-            }
-        }
-        std::future::pending().await // for the server to end
+        stopping_since.set(Some(Instant::now()));
+        let _ended = handle.stop(true);
+        let name = stop.next().await;
+        tracing::warn!("{name} again: requests in flight are cut off");
     };
     tokio::select! {
         ended = server => if let Err(error) = ended {
             tracing::error!(%error, "the server failed");
             return CANNOT_SERVE.into();
         },
-        () = cut_short => {}
+        () = cut_short => stopping_since.set(None),
+    }
+    if !http.drain.is_zero() && stopping_since.get().is_some_and(|since| since.elapsed() >= http.drain) {
+        tracing::warn!(seconds = http.drain.as_secs(), "requests that were still in flight are cut off");
     }
     drop(changes);
     app.settle().await;

@@ -467,7 +467,13 @@ async fn cache_status_tells_who_answered() {
     let young = first.get_with(&format!("{PATH}?productid=680"), &[("cache-control", "max-age=3600")]).await;
     assert!(young.header("cache-status").starts_with("L1; hit"), "{}", young.header("cache-status"));
     assert_eq!(first.invalidate(&[680]).await.status, 200);
+    let batch = first.get(&format!("{PATH}?productid=706,680")).await.header("cache-status").to_owned();
+    assert!(batch.starts_with("L2; fwd=stale, L1; fwd=stale; stored; "), "{batch}");
+    assert_eq!(first.invalidate(&[680]).await.status, 200);
     assert_eq!(first.product(680).await.header("cache-status"), "L2; fwd=stale, L1; fwd=stale; stored");
+    let young = [("cache-control", "max-age=3600")];
+    let batch = first.get_with(&format!("{PATH}?productid=706,708"), &young).await.header("cache-status").to_owned();
+    assert!(batch.starts_with("L2; fwd=miss, L1; fwd=miss; stored; "), "nothing was refused: {batch}");
     redis.signal("STOP");
     let status = first.product(707).await.header("cache-status").to_owned();
     redis.signal("CONT");

@@ -47,14 +47,16 @@ pub enum InRedis {
     Absent,
 }
 
-/// What memory has of a key.
+/// What memory has for a reader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum InMemory {
     /// No entry.
     Nothing,
     /// One that answers nobody before it has been asked for anew.
     Stale,
-    /// One that answers whoever takes it at its age.
+    /// One that is older than the reader would take it.
+    TooOld,
+    /// An answer.
     Usable,
 }
 
@@ -107,6 +109,10 @@ pub struct Answer {
 }
 
 impl Answer {
+    pub(super) fn stale(stored: Stored, why: Stale, at: Moment) -> Self {
+        Self { right_at: stored.born, stored, how: How::stale(why), at }
+    }
+
     /// The entry; its bytes stay where they are.
     pub fn entry(&self) -> Entry {
         self.stored.entry()

@@ -217,8 +217,12 @@ impl L2 {
             // Once more for those, expired so that they can be leased.
             let keys: Vec<_> = damaged.iter().map(|index| keys[*index]).collect();
             let tokens: Vec<_> = damaged.iter().map(|index| tokens[*index].clone()).collect();
-            self.redis.send(keys.iter().map(|key| self.expire(key)).collect()).await?;
-            let again = self.try_read_or_lease(&keys, &tokens, max_age, floor, stale_copies).await?;
+            let repair = async {
+                self.redis.send(keys.iter().map(|key| self.expire(key)).collect()).await?;
+                self.try_read_or_lease(&keys, &tokens, max_age, floor, stale_copies).await
+            };
+            // The others' leases are theirs whatever becomes of that.
+            let again = repair.await.unwrap_or_else(|_| keys.iter().map(|_| Some(Read::Unusable)).collect());
             damaged.into_iter().zip(again).for_each(|(index, read)| reads[index] = read);
         }
         Ok(reads.into_iter().map(|read| read.unwrap_or(Read::Leased(None, InRedis::Unknown))).collect())

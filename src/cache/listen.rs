@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{
     Inner,
@@ -24,6 +24,8 @@ const FIRST_HEARING: Duration = Duration::from_millis(250);
 /// How far the last expiry of everything may lie in the future by Redis' clock: more than a read of the log takes, before
 /// which the clock was asked.
 const CLOCK_SLACK: Duration = Duration::from_secs(5);
+/// How long after it was lowered it is not lowered again: expiries may go to another primary than the log is read from.
+const LOWER_AGAIN: Duration = Duration::from_secs(60);
 
 impl Inner {
     /// Waits a moment for the log at the very start, so that the first reads need not go past Redis.
@@ -41,7 +43,7 @@ pub(super) async fn listen(cache: Arc<Inner>) {
     let Some(remote) = &cache.remote else { return std::future::pending().await };
     let mut reader = remote.log.reader();
     let limiter = LogLimiter::default();
-    let mut deaf = false;
+    let (mut deaf, mut lowered) = (false, None::<Instant>);
     loop {
         remote.redis.log_connected().await;
         let sent = cache.memory.now();
@@ -59,15 +61,17 @@ pub(super) async fn listen(cache: Arc<Inner>) {
         };
         if let Some(redis_us) = heard.redis_us {
             cache.clock.set(sent, redis_us);
-            // Until the clock has caught up, nothing that is loaded would count as fresh in Redis.
-            if cache.floor().ms > redis_us / 1000 + CLOCK_SLACK.as_millis() as u64 && !cache.queue.len().1 {
-                tracing::warn!("redis: the clock went back; everything is stale");
-                cache.queue.add(&Scope::Everything);
-            }
         }
         // Raised before keys are expired, so that what they are loaded from next is already judged by it.
         let is_answered = heard.is_answered(cache.floor());
         cache.raise(heard.floor);
+        // Until the clock has caught up, nothing that is loaded would count as fresh in Redis.
+        let is_ahead = |redis_us| cache.floor().ms > redis_us / 1000 + CLOCK_SLACK.as_millis() as u64;
+        if heard.redis_us.is_some_and(is_ahead) && lowered.is_none_or(|last| last.elapsed() >= LOWER_AGAIN) {
+            tracing::warn!("redis: the clock went back; everything is stale");
+            cache.queue.add(&Scope::Everything);
+            lowered = Some(Instant::now());
+        }
         for news in heard.news {
             match news {
                 News::Expired(scope) => cache.expire_here(&scope),

@@ -26,7 +26,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(1);
 /// Pauses grow with the wait, so that what was delivered after a long one is seen at most this part of it later.
 const PART_OF_WAIT: u32 = 16;
 
-/// Pause between two attempts to give back what Redis did not say that it gave.
+/// First pause between two attempts to give back what Redis did not say that it gave; each further one is twice as long.
 const AFTER_STALL: Duration = Duration::from_millis(100);
 
 /// A flight on its way.
@@ -141,6 +141,12 @@ async fn read_or_lease(
             return (flights, Vec::new());
         }
     };
+    // Who asks without copies is told less than before.
+    let note = |pending: &mut Pending, held| {
+        if stale_copies == StaleCopies::Wanted {
+            pending.redis = held;
+        }
+    };
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for ((mut pending, token), read) in flights.into_iter().zip(tokens).zip(reads) {
         let keep = |pending: &mut Pending, copy: Option<CachedCopy>| {
@@ -154,7 +160,7 @@ async fn read_or_lease(
         match read {
             Read::Fresh(copy) => land_copy(cache, pending.guard, copy, sent),
             Read::Yours(stale, held) => {
-                pending.redis = held;
+                note(&mut pending, held);
                 pending.token = Some(token);
                 keep(&mut pending, stale);
                 ours.push(pending);
@@ -164,7 +170,7 @@ async fn read_or_lease(
                 ours.push(pending);
             }
             Read::Leased(stale, held) => {
-                pending.redis = held;
+                note(&mut pending, held);
                 keep(&mut pending, stale);
                 theirs.push(pending);
             }
@@ -283,8 +289,11 @@ async fn fill_all(cache: &Arc<Inner>, loaded: Vec<(Pending, Entry)>, born: i64) 
     if let Some(remote) = &cache.remote
         && !fills.is_empty()
     {
-        for (place, outcome) in places.into_iter().zip(remote.l2.fill(&fills).await) {
+        for ((place, fill), outcome) in places.into_iter().zip(&fills).zip(remote.l2.fill(&fills).await) {
             filled[place] = outcome;
+            if outcome == Filled::Unknown {
+                asked_for.push((fill.key, fill.token.clone())); // a fill that comes to pass has ended it
+            }
         }
     }
     for ((pending, entry), filled) in loaded.into_iter().zip(filled) {
@@ -323,8 +332,10 @@ async fn give_back(cache: &Inner, leases: Vec<(Key, Token)>, asked_for: Vec<(Key
     let Some(remote) = &cache.remote else { return };
     let _ = remote.l2.release(&leases).await;
     let when_it_answers = async {
+        let mut pause = AFTER_STALL;
         while remote.l2.release(&asked_for).await.is_err() {
-            sleep(AFTER_STALL).await;
+            sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+            pause *= 2;
             remote.redis.connected().await;
         }
     };

@@ -120,9 +120,9 @@ impl Floor {
 pub(super) struct Heard {
     pub(super) news: Vec<News>,
     pub(super) floor: Floor,
-    /// The highest floor that a notice states itself (its milliseconds), not one assumed of an unreadable notice: it shows
-    /// that an instance has made stale all that is in Redis below.
-    pub(super) said_ms: u64,
+    /// The floor as notices state it, without what is assumed of unreadable ones: it shows that an instance has made stale
+    /// all that is in Redis below.
+    pub(super) said: Floor,
     /// How long before this read was sent this instance had last heard a notice or been told that one is appended: the
     /// least age of whatever may be lost. `None`: not before.
     pub(super) known_for: Option<Duration>,
@@ -130,6 +130,8 @@ pub(super) struct Heard {
     pub(super) caught_up: bool,
     /// Redis' time right after this read was sent, if it was wanted (microseconds).
     pub(super) redis_us: Option<u64>,
+    /// Its time later on, if it was asked for because of what was read.
+    pub(super) later_us: Option<u64>,
 }
 
 impl Heard {
@@ -137,9 +139,9 @@ impl Heard {
     /// than this instance `knew`, and its floor is above what may be lost, by this Redis' clock. The count alone would not
     /// do where this instance went on with another primary, nor the time where the clock was set back.
     pub(super) fn is_answered(&self, knew: Floor) -> bool {
-        let (Some(redis_us), Some(known_for)) = (self.redis_us, self.known_for) else { return false };
+        let (Some(redis_us), Some(known_for)) = (self.redis_us.or(self.later_us), self.known_for) else { return false };
         let youngest_us = u128::from(redis_us).saturating_sub(known_for.as_micros());
-        self.floor.generation > knew.generation && u128::from(self.said_ms) * 1000 > youngest_us
+        self.said.generation > knew.generation && u128::from(self.said.ms) * 1000 > youngest_us
     }
 }
 
@@ -364,9 +366,9 @@ struct Notice {
 }
 
 impl Notice {
-    /// The floor's milliseconds, if it is the notice that says them.
-    fn said_ms(&self) -> u64 {
-        if self.previous.is_some() { self.floor.ms } else { 0 }
+    /// The floor, if it is the notice that says it.
+    fn said(&self) -> Floor {
+        if self.previous.is_some() { self.floor } else { Floor::default() }
     }
 }
 
@@ -412,7 +414,8 @@ impl Reader<'_> {
         let (reply, redis_us): (Option<StreamReadReply>, _) = self.log.ask(command, block, want_time).await?;
         let entries = reply.and_then(|reply| reply.keys.into_iter().next()).map_or_else(Vec::new, |key| key.ids);
         if entries.is_empty() {
-            return Ok(Heard { redis_us, ..self.check_tail(position, known).await? });
+            let heard = self.check_tail(position, known).await?;
+            return Ok(Heard { redis_us, later_us: heard.redis_us, ..heard });
         }
         let caught_up = entries.len() < PAGE;
         let mut heard = Heard { caught_up, redis_us, ..Heard::default() };
@@ -427,7 +430,7 @@ impl Reader<'_> {
                 }
             }
             heard.floor = heard.floor.and(notice.floor);
-            heard.said_ms = heard.said_ms.max(notice.said_ms());
+            heard.said = heard.said.and(notice.said());
             let is_ours = notice.author == self.log.author;
             let mut own = self.log.own();
             if !own.hear(notice.position, is_ours) {
@@ -442,6 +445,10 @@ impl Reader<'_> {
             }
             last = Some((notice.position, notice.author));
         }
+        if heard.redis_us.is_none() && heard.news.contains(&News::Reset) {
+            // What was heard is heard, whether this is answered or not.
+            heard.later_us = self.log.tail(true).await.ok().and_then(|(_, time)| time);
+        }
         (self.last, self.heard_at) = (last, Some(Instant::now()));
         Ok(heard)
     }
@@ -455,11 +462,11 @@ impl Reader<'_> {
                 self.start(News::Reset, known).await
             }
             Some(tail) if self.last.as_ref() == Some(&(tail.position, tail.author.clone())) => {
-                Ok(Heard { floor: tail.floor, said_ms: tail.said_ms(), caught_up: true, ..Heard::default() })
+                Ok(Heard { floor: tail.floor, said: tail.said(), caught_up: true, ..Heard::default() })
             }
             Some(tail) if tail.position > position => {
                 // It came since; the next read returns it.
-                Ok(Heard { floor: tail.floor, said_ms: tail.said_ms(), ..Heard::default() })
+                Ok(Heard { floor: tail.floor, said: tail.said(), ..Heard::default() })
             }
             _ => self.start(News::Reset, known).await,
         }
@@ -479,11 +486,11 @@ impl Reader<'_> {
         };
         // Ours, which a Redis has acknowledged and this one does not have.
         let lost = self.log.lacks(&before).await?;
-        let (floor, said_ms) = (tail.floor, tail.said_ms());
+        let (floor, said) = (tail.floor, tail.said());
         let why = if lost { News::Reset } else { why };
         self.log.own().jump(tail.position, &before);
         (self.last, self.heard_at) = (Some((tail.position, tail.author)), Some(Instant::now()));
-        Ok(Heard { news: vec![why], floor, said_ms, caught_up: true, redis_us, ..Heard::default() })
+        Ok(Heard { news: vec![why], floor, said, caught_up: true, redis_us, ..Heard::default() })
     }
 }
 
@@ -532,10 +539,9 @@ mod tests {
     #[test]
     fn an_expiry_of_everything_answers_only_what_was_lost_before_it_by_the_clock_of_the_redis_that_says_so() {
         let floor = |generation| Floor { ms: 0, generation };
-        let heard = |said_ms, known_for| Heard {
-            said_ms,
+        let heard = |ms, known_for| Heard {
+            said: Floor { ms, generation: 5 },
             known_for,
-            floor: floor(5),
             redis_us: Some(100_000_000),
             ..Heard::default()
         };
@@ -547,6 +553,8 @@ mod tests {
         assert!(!heard(100_000, None).is_answered(floor(4)), "something was appended meanwhile");
         let timeless = Heard { redis_us: None, ..heard(95_001, seconds(5)) };
         assert!(!timeless.is_answered(floor(4)), "nobody knows the time there");
+        let later = Heard { later_us: Some(100_000_000), redis_us: None, ..heard(95_001, seconds(5)) };
+        assert!(later.is_answered(floor(4)));
     }
 
     #[test]

@@ -142,26 +142,17 @@ impl Memory {
     pub(super) fn get(&self, key: &Key, max_age: Option<Duration>) -> Option<Answer> {
         let stored = self.entries.get(key)?;
         let now = self.now();
-        if self.is_fresh(&stored, now) {
+        let heard = self.heard_everywhere();
+        if self.is_fresh(&stored, now, heard) {
             let young = max_age.is_none_or(|max_age| now.saturating_sub(stored.born) < span(max_age));
-            return young.then(|| self.answer(stored, How::MEMORY, now));
+            return young.then(|| Answer { right_at: right_at(&stored, heard), stored, how: How::MEMORY, at: now });
         }
         // Who wants it young wants to have it asked for.
         let left_alone = max_age.is_none() && self.is_left_alone(&stored, now) && self.may_serve_stale(&stored, now);
         left_alone.then(|| {
             let why = if stored.slow.load(Ordering::Relaxed) { Stale::DatabaseSlow } else { Stale::DatabaseFailed };
-            self.answer(stored, How::stale(why), now)
+            Answer::stale(stored, why, now)
         })
-    }
-
-    pub(super) fn answer(&self, stored: Stored, how: How, at: Moment) -> Answer {
-        let heard = self.heard_everywhere();
-        let right_at = match how.stale {
-            Some(_) => stored.born,
-            None if heard == NOT_NEEDED => stored.known,
-            None => stored.known.max(heard),
-        };
-        Answer { stored, how, at, right_at }
     }
 
     /// Whether there is an entry, fresh or not.
@@ -219,7 +210,7 @@ impl Memory {
         };
         stored.slow.store(true, Ordering::Relaxed);
         stored.retry_at.store(now.saturating_add(self.throttle), Ordering::Relaxed);
-        Some(self.answer(stored, How::stale(Stale::DatabaseSlow), now))
+        Some(Answer::stale(stored, Stale::DatabaseSlow, now))
     }
 
     /// Whether no attempt to load is made for now. An expiry ends that, of the key or of everything.
@@ -234,9 +225,8 @@ impl Memory {
         log.load(Ordering::Acquire).min(feed.load(Ordering::Acquire))
     }
 
-    fn is_fresh(&self, stored: &Life, now: Moment) -> bool {
+    fn is_fresh(&self, stored: &Life, now: Moment, heard: Moment) -> bool {
         // C6: known to be right when it was read, and as of the last time that expiries were heard.
-        let heard = self.heard_everywhere();
         !stored.expired.load(Ordering::Acquire)
             && now < stored.fresh_until
             && stored.epoch == self.epoch.load(Ordering::Acquire)
@@ -254,7 +244,8 @@ impl Memory {
         let here = self.entries.peek(key);
         // `other` may be another copy of the same one.
         let candidates = here.into_iter().chain(other).filter(|stored| self.may_serve_stale(stored, now));
-        candidates.max_by_key(|stored| (self.is_fresh(stored, now), stored.born))
+        let heard = self.heard_everywhere();
+        candidates.max_by_key(|stored| (self.is_fresh(stored, now, heard), stored.born))
     }
 
     /// Joins the flight of this key, becomes its leader, or finds that neither is needed any more.
@@ -338,6 +329,11 @@ impl Memory {
     }
 }
 
+/// When what is fresh was last known to be right, if expiries have been `heard` up to then.
+fn right_at(stored: &Life, heard: Moment) -> Moment {
+    if heard == NOT_NEEDED { stored.known } else { stored.known.max(heard) }
+}
+
 /// The duty to end a flight. Dropping it abandons the flight: its readers wake and one of them leads anew.
 pub(super) struct Guard {
     memory: Arc<Memory>,
@@ -355,14 +351,15 @@ impl Guard {
             self.memory.entries.insert(self.key, stored.clone());
         }
         drop(flights);
-        let answer = self.memory.answer(stored, How { stored: kept, ..how }, self.memory.now());
+        let right_at = if overtaken { stored.known } else { right_at(&stored, self.memory.heard_everywhere()) };
+        let answer = Answer { stored, how: How { stored: kept, ..how }, at: self.memory.now(), right_at };
         self.flight.land(Ok(answer), overtaken);
     }
 
     /// Ends the flight with an entry that may be older than an expiry, which others know of.
     pub(super) fn land_overtaken(self, stored: Stored, how: How) {
         self.leave(&mut self.memory.flights(&self.key));
-        let answer = self.memory.answer(stored, how, self.memory.now());
+        let answer = Answer { right_at: stored.known, stored, how, at: self.memory.now() };
         self.flight.land(Ok(answer), true);
     }
 
@@ -379,7 +376,7 @@ impl Guard {
                     stored.retry_at.store(now.saturating_add(self.memory.throttle), Ordering::Relaxed);
                     self.memory.entries.insert(self.key, stored.clone());
                 }
-                Ok(self.memory.answer(stored, How::stale(Stale::DatabaseFailed), now))
+                Ok(Answer::stale(stored, Stale::DatabaseFailed, now))
             }
         };
         drop(flights);

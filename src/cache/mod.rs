@@ -152,19 +152,21 @@ impl Cache {
         Some(answer)
     }
 
-    /// What memory has of this key.
-    pub fn held(&self, key: &Key) -> InMemory {
-        match self.inner.memory.get(key, None) {
-            Some(_) => InMemory::Usable,
-            None if self.inner.memory.holds(key) => InMemory::Stale,
-            None => InMemory::Nothing,
+    /// What memory has for who accepts only what is younger than `max_age`.
+    pub fn held(&self, key: &Key, max_age: Option<Duration>) -> InMemory {
+        let memory = &self.inner.memory;
+        match () {
+            () if memory.get(key, max_age).is_some() => InMemory::Usable,
+            () if memory.get(key, None).is_some() => InMemory::TooOld,
+            () if memory.holds(key) => InMemory::Stale,
+            () => InMemory::Nothing,
         }
     }
 
     /// The last known entry, fresh or not, if it is young enough to be served at all.
     pub fn get_stale(&self, key: &Key) -> Option<Answer> {
         let stored = self.inner.memory.stale(key, None)?;
-        Some(self.inner.memory.answer(stored, How::stale(Stale::DatabaseFailed), self.inner.memory.now()))
+        Some(Answer::stale(stored, Stale::DatabaseFailed, self.inner.memory.now()))
     }
 
     /// Makes these keys stale here at once, then in Redis and on every other instance.

@@ -62,8 +62,9 @@ pub(super) async fn later(app: &App, head: &RequestHead) -> Result<HttpResponse,
 /// Why memory does not answer by itself, if it does not (RFC 9211, section 2.2): the request would not have what it
 /// holds, or it holds nothing usable.
 fn forward(app: &App, keys: &[Key], max_age: Option<Duration>) -> &'static str {
-    match keys.iter().map(|key| app.cache.held(key)).max() {
-        Some(InMemory::Usable) if max_age.is_some() => "request",
+    let held = keys.iter().map(|key| app.cache.held(key, max_age));
+    match held.filter(|held| *held != InMemory::Usable).max() {
+        Some(InMemory::TooOld) => "request",
         Some(InMemory::Stale) => "stale",
         _ => "miss",
     }

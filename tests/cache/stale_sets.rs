@@ -14,7 +14,7 @@ use futures_util::poll;
 use product_cache::cache::Level;
 use tokio::{
     task::JoinHandle,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 
 use crate::support::{
@@ -174,4 +174,23 @@ async fn racing_readers_and_expiries_never_show_a_value_older_than_an_acknowledg
             timeout(PATIENCE, reader).await.expect("ends").expect("no stale read");
         }
     }
+}
+
+#[tokio::test]
+async fn what_an_expiry_overtook_is_not_said_to_be_right_since() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let settings = [("REDIS_RESPONSE_TIMEOUT_MS", "5000"), ("REQUEST_TIMEOUT_MS", "60000")];
+    let node = Node::hearing(&truth, &redis.url(), &settings).await;
+    truth.hold();
+    let read = node.begin(1);
+    truth.begun(1).await;
+    node.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    let expired = Instant::now();
+    sleep(Duration::from_millis(1500)).await; // and the log is heard after that
+    let known_for = expired.elapsed();
+    truth.release();
+    let answer = ended(read).await.unwrap();
+    assert!(answer.unverified_for() >= known_for, "{:?} of {known_for:?}", answer.unverified_for());
+    assert!(node.read(1).await.unverified_for() < known_for, "what is loaded now is right");
 }
