@@ -616,7 +616,11 @@ impl Hook {
             fs::write(&file, format!("#!/bin/sh\necho {name} \"$@\" >>{}\n{then}\n", log.display())).unwrap();
             fs::set_permissions(file, fs::Permissions::from_mode(0o755)).unwrap();
         }
-        let mut command = Command::new("sh");
+        // Whoever runs tests in the background has them ignore SIGINT, and an sh that began so cannot trap it.
+        let (program, first) =
+            if cfg!(target_os = "linux") { ("env", Some("--default-signal=INT")) } else { ("sh", None) };
+        let mut command = Command::new(program);
+        command.args(first.into_iter().flat_map(|first| [first, "sh"]));
         let path = format!("{}:{}", folder.path().display(), std::env::var("PATH").unwrap());
         command.arg(root().join("infra/hooks/postprovision.sh")).env("PATH", path).env("SQL_PRIVATE", "false");
         for name in ["SQL_SERVER", "SQL_DATABASE", "SQL_SERVER_NAME", "AZURE_RESOURCE_GROUP"] {
