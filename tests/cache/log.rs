@@ -293,6 +293,12 @@ async fn an_own_notice_acknowledged_by_an_old_primary_after_the_new_one_was_hear
     proxy.lead_to(new.port);
     proxy.set_on(Link::Log, Fault::Refuse);
     sleep(Duration::from_millis(100)).await;
+    proxy.set(Fault::None);
+    eventually("the log is read from the new primary", async || {
+        let clients: String = redis::from_redis_value(new.command(&["CLIENT", "LIST"]).await).unwrap();
+        clients.contains("cmd=xread").then_some(())
+    })
+    .await;
     proxy.set_on(Link::NotLog, Fault::Stall);
     truth.set(1, 11);
     let (before, told) = (last_notice(&old).await.0, author.clone());
