@@ -13,6 +13,8 @@ mod doctor;
 mod faults;
 mod get_product_by_id;
 mod history;
+#[cfg(unix)]
+mod hooks;
 mod host_stand_in;
 mod infrastructure;
 mod invalidate_cache;

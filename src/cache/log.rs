@@ -7,6 +7,8 @@
 //! log alike. Its author shows another log: two primaries, each of which takes itself for the only one, may give the same
 //! id in the same millisecond.
 
+mod own;
+
 use std::{
     cmp::Ordering,
     collections::BTreeSet,
@@ -22,6 +24,7 @@ use redis::{
 };
 use tokio::time::Instant;
 
+use self::own::Own;
 use super::Key;
 use crate::{
     config,
@@ -62,8 +65,6 @@ const PAUSE: Duration = Duration::from_millis(1);
 const PAGE: usize = 200;
 /// Notices older than this are trimmed: nobody's memory stays fresh that long without hearing them.
 const MAX_AGE: Duration = Duration::from_secs(24 * 60 * 60);
-/// Own notices that are looked out for, while the log cannot be heard.
-const MOST_UNHEARD: usize = 10_000;
 /// The field of a notice.
 const FIELD: &str = "n";
 /// Stands for every key.
@@ -305,57 +306,6 @@ impl Log {
     }
 }
 
-/// Notices that this instance appended: one that the log has passed without it was lost by a Redis that acknowledged it.
-#[derive(Default)]
-struct Own {
-    /// Acknowledged and not heard yet.
-    unheard: BTreeSet<Position>,
-    /// Heard before the acknowledgement came.
-    early: BTreeSet<Position>,
-    /// Acknowledged when the log was behind them already, and not heard: to be looked for.
-    doubtful: BTreeSet<Position>,
-    heard: Position,
-    acknowledged_at: Option<Instant>,
-}
-
-impl Own {
-    fn appended(&mut self, notice: Position) {
-        self.acknowledged_at = Some(Instant::now());
-        if self.early.remove(&notice) {
-            return;
-        }
-        let notices = if notice > self.heard { &mut self.unheard } else { &mut self.doubtful };
-        bounded_insert(notices, notice);
-    }
-
-    /// Takes note that a notice was heard; `false` if one of ours should have come before it, or in its place.
-    fn hear(&mut self, position: Position, is_ours: bool) -> bool {
-        if is_ours && !self.unheard.remove(&position) {
-            bounded_insert(&mut self.early, position);
-        }
-        self.heard = position;
-        self.unheard.first().is_none_or(|unheard| *unheard > position)
-    }
-
-    /// What was acknowledged and is not known to be in the log.
-    fn unsettled(&self) -> BTreeSet<Position> {
-        &self.unheard | &self.doubtful
-    }
-
-    /// The log goes on after `tail`, without having been heard up to there; these have been looked for.
-    fn jump(&mut self, tail: Position, looked_for: &BTreeSet<Position>) {
-        let (passed, ahead) = (&self.unsettled() - looked_for).into_iter().partition(|notice| *notice <= tail);
-        (self.doubtful, self.unheard, self.heard) = (passed, ahead, tail);
-    }
-}
-
-fn bounded_insert(notices: &mut BTreeSet<Position>, notice: Position) {
-    notices.insert(notice);
-    if notices.len() > MOST_UNHEARD {
-        notices.pop_first();
-    }
-}
-
 struct Notice {
     position: Position,
     /// The one before and its author; `None` if it does not say so in a form that is known.
@@ -434,7 +384,7 @@ impl Reader<'_> {
             let is_ours = notice.author == self.log.author;
             let mut own = self.log.own();
             if !own.hear(notice.position, is_ours) {
-                own.unheard.retain(|own| *own > notice.position);
+                own.forget(notice.position);
                 heard.news.push(News::Reset);
             }
             drop(own);
@@ -501,40 +451,6 @@ fn malformed(what: &'static str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn at(ms: u64) -> Position {
-        Position { ms, number: 0 }
-    }
-
-    #[test]
-    fn a_notice_of_ours_that_the_log_has_passed_was_lost() {
-        let mut own = Own { unheard: [at(2), at(4)].into(), ..Own::default() };
-        assert!((1..=5).all(|ms| own.hear(at(ms), ms % 2 == 0)));
-        own.unheard.insert(at(6));
-        assert!(!own.hear(at(7), false));
-        own.unheard = [at(8)].into();
-        assert!(!own.hear(at(8), false), "another one stands in its place");
-    }
-
-    #[test]
-    fn a_notice_of_ours_acknowledged_when_the_log_has_passed_it_is_looked_for_unless_it_was_heard() {
-        let mut own = Own::default();
-        assert!(own.hear(at(1), true) && own.hear(at(3), false));
-        own.appended(at(1));
-        assert!(own.unsettled().is_empty(), "heard before its acknowledgement came");
-        own.appended(at(2));
-        own.appended(at(4));
-        assert_eq!((&own.doubtful, &own.unheard), (&[at(2)].into(), &[at(4)].into()));
-        own.jump(at(5), &[at(2)].into());
-        assert_eq!(
-            (&own.doubtful, own.unsettled()),
-            (&[at(4)].into(), [at(4)].into()),
-            "2 was looked for, 4 is passed"
-        );
-        own.jump(at(5), &own.unsettled());
-        own.appended(at(6));
-        assert_eq!(own.unheard, [at(6)].into());
-    }
 
     #[test]
     fn an_expiry_of_everything_answers_only_what_was_lost_before_it_by_the_clock_of_the_redis_that_says_so() {

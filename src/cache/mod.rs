@@ -155,11 +155,14 @@ impl Cache {
     /// What memory has for who accepts only what is younger than `max_age`.
     pub fn held(&self, key: &Key, max_age: Option<Duration>) -> InMemory {
         let memory = &self.inner.memory;
-        match () {
-            () if memory.get(key, max_age).is_some() => InMemory::Usable,
-            () if memory.get(key, None).is_some() => InMemory::TooOld,
-            () if memory.holds(key) => InMemory::Stale,
-            () => InMemory::Nothing,
+        if memory.get(key, max_age).is_some() {
+            InMemory::Usable
+        } else if memory.get(key, None).is_some() {
+            InMemory::TooOld
+        } else if memory.holds(key) {
+            InMemory::Stale
+        } else {
+            InMemory::Nothing
         }
     }
 

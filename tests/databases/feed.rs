@@ -45,6 +45,15 @@ impl Reader {
         Self { database, position }
     }
 
+    /// Of MySQL: that nothing is missing any more, after some looks.
+    async fn assert_settles(&mut self) {
+        for _ in 0..20 {
+            self.told().await;
+        }
+        assert_eq!(self.told().await, Some(vec![]));
+        assert!(self.position.to_string().split(' ').count() == 3, "{}", self.position);
+    }
+
     /// Everything that is told now; `None`: anything may have changed.
     async fn told(&mut self) -> Option<Vec<i64>> {
         let mut keys = BTreeSet::new();
@@ -399,11 +408,7 @@ async fn however_many_versions_are_left_out_a_page_at_a_time_is_read() {
     assert!(again <= 1000, "the others are settled, but for the part that it is in: {again} are told again");
     writer.sql("COMMIT").await;
     assert!(reader.told().await.expect("nothing was pruned").contains(&680));
-    for _ in 0..20 {
-        reader.told().await;
-    }
-    assert_eq!(reader.told().await, Some(vec![]));
-    assert!(reader.position.to_string().split(' ').count() == 3, "{}", reader.position);
+    reader.assert_settles().await;
 }
 
 /// As above, with one that is open in the midst of what is left out.
@@ -436,11 +441,7 @@ async fn a_transaction_open_in_a_gap_of_many_pages_is_told_when_it_commits_and_k
     assert!(open.len() == 1 && width <= 10_000, "{open:?}");
     writer.sql("COMMIT").await;
     assert!(reader.told().await.expect("nothing was pruned").contains(&680));
-    for _ in 0..20 {
-        reader.told().await;
-    }
-    assert_eq!(reader.told().await, Some(vec![]));
-    assert!(reader.position.to_string().split(' ').count() == 3, "{}", reader.position);
+    reader.assert_settles().await;
 }
 
 #[tokio::test]
