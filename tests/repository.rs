@@ -22,6 +22,10 @@ fn host_json_is_what_the_host_needs() {
     assert_eq!(host["customHandler"]["description"]["defaultExecutablePath"], "handler");
     assert_eq!(host["customHandler"]["enableForwardingHttpRequest"], true, "older hosts");
     assert_eq!(host["customHandler"]["enableProxyingHttpRequest"], true, "newer hosts");
+    // A line that is said once must be found, so traces are not sampled; the host's own two for each request are none.
+    let logging = &host["logging"];
+    assert_eq!(logging["applicationInsights"]["samplingSettings"]["excludedTypes"], "Request;Exception;Trace");
+    assert_eq!(logging["logLevel"]["Function.GetProductById"], "Warning");
 }
 
 #[test]

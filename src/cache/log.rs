@@ -250,7 +250,7 @@ impl Log {
             return Ok(false);
         }
         let look_up = |notice: &Position| {
-            let mut command = redis::cmd("XRANGE");
+            let mut command = redis::cmd("XREVRANGE"); // as the end is read: no further right is needed
             command.arg(&self.name).arg(notice.to_string()).arg(notice.to_string());
             command
         };

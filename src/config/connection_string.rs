@@ -45,13 +45,16 @@ impl Source {
 }
 
 const FORMS: &str = "it is none of sqlite:<file>, postgres://user:password@host/database, \
-                     mysql://user:password@host/database and Server=...;Database=...;User ID=...;Password=...";
+                     mysql://user:password@host/database, Server=...;Database=...;User ID=...;Password=... and \
+                     embedded";
+/// The word for the embedded catalogue, where it has to be asked for.
+const EMBEDDED: &str = "embedded";
 
 /// The meaning of a text that was found in the variable `name`, or all that is wrong with it.
 ///
 /// The name matters, because App Service writes the type that a connection string was given there in front of it.
 pub(super) fn parse(name: &str, text: &str) -> Result<Source, Vec<String>> {
-    if text.is_empty() {
+    if text.is_empty() || text == EMBEDDED {
         return Ok(Source::Embedded);
     }
     // A colon before any sign: a scheme, ours or another's. No keyword has one.
@@ -85,7 +88,7 @@ fn sqlite(text: &str, file: &str) -> Result<Source, Vec<String>> {
     }
     // Each connection would have a database of its own.
     if file.starts_with(":memory:") || whole.contains("mode=memory") {
-        return Err(vec!["it names a database in memory; leave it empty for the embedded one".to_owned()]);
+        return Err(vec!["it names a database in memory; write embedded for the embedded catalogue".to_owned()]);
     }
     let parameters = whole.split_once('?').map_or("", |(_, parameters)| parameters);
     let is_known = |parameter: &str| match parameter.split_once('=') {
@@ -143,7 +146,7 @@ mod tests {
 
     #[test]
     fn each_form_is_told_by_its_beginning() {
-        assert_eq!(parse("Sql", ""), Ok(Source::Embedded));
+        assert_eq!([parse("Sql", ""), parse("Sql", "embedded")], [Ok(Source::Embedded), Ok(Source::Embedded)]);
         assert_eq!(read("Sql", "sqlite:shop.db"), Source::Sqlite("sqlite:shop.db".into()));
         for text in ["sqlite:///shop.db?mode=ro", "sqlite:a?cache=private&immutable=1&vfs=unix"] {
             assert_eq!(read("Sql", text), Source::Sqlite(text.into()));

@@ -211,8 +211,13 @@ impl Reader<'_> {
     }
 
     /// Which database, and whether servers may go unverified.
-    fn source(&mut self) -> (Source, bool) {
+    fn source(&mut self, role: Role) -> (Source, bool) {
         let (name, text) = self.connection_string("Sql", SQL_PREFIXES);
+        if text.is_empty() && role == Role::Handler && self.is_set("WEBSITE_SITE_NAME") {
+            let mistake = "Sql is not set, and this is Azure: the embedded catalogue is only for a first look (if it is \
+                           meant, Sql=embedded)";
+            self.mistakes.push(mistake.to_owned());
+        }
         let source = connection_string::parse(&name, &text).unwrap_or_else(|mistakes| {
             self.mistakes.extend(mistakes.into_iter().map(|mistake| format!("{name}: {mistake}")));
             Source::Embedded
@@ -235,14 +240,7 @@ impl Reader<'_> {
 
     /// `query_timeout`: the bound of one load.
     pub(super) fn database(&mut self, role: Role, redis: Option<&Redis>, query_timeout: Duration) -> Database {
-        let (source, allow_unverified) = self.source();
-        if matches!(source, Source::Embedded) && role == Role::Handler && self.is_set("WEBSITE_SITE_NAME") {
-            self.mistakes.push(
-                "Sql is not set, and this is Azure: the embedded catalogue is only for a first look (if it is meant, \
-                 Sql=sqlite:product-cache.db)"
-                    .to_owned(),
-            );
-        }
+        let (source, allow_unverified) = self.source(role);
         // Azure's portal writes 30 s into every string. A load is given up long before, and the message should say
         // that it was the connection that took too long.
         let most = query_timeout * 4 / 5;

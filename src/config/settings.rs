@@ -45,7 +45,7 @@ const fn text(name: &'static str, default: &'static str, meaning: &'static str) 
 /// Every setting, in the order of the README's table.
 #[rustfmt::skip] // a table reads as a table
 pub const SETTINGS: &[Setting] = &[
-    Setting { name: "Sql", default: "", kind: Kind::Secret, meaning: "Database: `sqlite:<file>`, `postgres://user:password@host/database`, `mysql://user:password@host/database`, or for SQL Server `Server=…;Database=…;User ID=…;Password=…`. May also be a connection string of the app named `Sql`. Empty: the embedded catalogue in `product-cache.db` in the working directory, or in memory where that cannot be written; on Azure that has to be asked for." },
+    Setting { name: "Sql", default: "", kind: Kind::Secret, meaning: "Database: `sqlite:<file>`, `postgres://user:password@host/database`, `mysql://user:password@host/database`, or for SQL Server `Server=…;Database=…;User ID=…;Password=…`. May also be a connection string of the app named `Sql`. Empty, or `embedded`: the embedded catalogue, `product-cache.db` in the working directory, or in memory where that cannot be written; on Azure the word is needed." },
     Setting { name: "Redis", default: "", kind: Kind::Secret, meaning: "Redis: `host:port,password=…,ssl=True` (as StackExchange.Redis reads it) or `redis://[user:password@]host:port`, `rediss:` with TLS; of a cluster any node, or several. May also be a connection string of the app named `Redis`. Empty: no L2 and no invalidation log; the change feed keeps memory right." },
 
     number("CACHE_DURATION_S", "300", 1, 30 * DAY_S, "How long an entry is fresh. Changes are told, so this only bounds what no notice covers."),
@@ -72,14 +72,14 @@ pub const SETTINGS: &[Setting] = &[
     number("REDIS_POOL_SIZE", "2", 1, 64, "Shared connections. Each carries all requests at once, so two are for resilience, not for throughput. One more is used by the invalidation log."),
     Setting { name: "REDIS_FRUGAL", default: "off", kind: Kind::Word(&["on", "off"]), meaning: "`on`: one Redis connection per instance in all; the invalidation log is polled over it." },
     number("REDIS_FRUGAL_POLL_MS", "200", 10, 5000, "With `REDIS_FRUGAL`, pause between two looks at the log: how much later other instances hear of an expiry."),
-    number("REDIS_MAX_CLIENTS", "0", 0, 10_000_000, "Connections that the Redis tier allows (256 on the smallest of Azure Cache for Redis); 0: unknown. With `MAX_INSTANCES`, a start that could exceed it is refused."),
+    number("REDIS_MAX_CLIENTS", "0", 0, 10_000_000, "Connections that the Redis tier allows; 0: unknown. With `MAX_INSTANCES`, a start that could exceed it is refused."),
     text("REDIS_PREFIX", "product-cache", "First part of every key, in braces: apps that share a Redis take different ones. In a cluster it decides the slot of all of them."),
     text("REDIS_ENTRA_ID", "", "How to log in to Redis with Microsoft Entra ID instead of a password: `system`, or the client id of a user-assigned identity. The user is the identity's object id. Empty: not."),
     text("REDIS_CA_FILE", "", "File of the authorities (PEM) that are trusted for Redis' certificate instead of the public ones."),
     Setting { name: "REDIS_ALLOW_UNENCRYPTED", default: "off", kind: Kind::Word(&["on", "off"]), meaning: "`on`: a `Redis` without TLS is also accepted on other hosts than this one: whoever is between may read and change what is said, the password included." },
     number("REDIS_CONNECT_TIMEOUT_MS", "1000", 10, 60_000, "Connect and greeting, TLS included."),
     number("REDIS_RESPONSE_TIMEOUT_MS", "250", 5, 60_000, "One answer. A healthy one takes under a millisecond; the database is the better source after 250."),
-    number("REDIS_LOG_MAX_LENGTH", "100000", 100, 100_000_000, "Notices kept in the invalidation log: what a disconnected instance can catch up on (a few hundred bytes each, or as many keys as a batch has rows)."),
+    number("REDIS_LOG_MAX_LENGTH", "100000", 100, 100_000_000, "Notices kept in the invalidation log, none for more than a day: what a disconnected instance can catch up on (a few hundred bytes each, or as many keys as a batch has rows)."),
 
     number("DATABASE_MAX_CONNECTIONS", "8", 1, MOST_CONNECTIONS, "Bound of the one pool: 8 serve thousands of point reads a second, and 100 instances stay below 1,000 sessions. If not set, a pool size in `Sql` counts."),
     number("DATABASE_CONNECT_TIMEOUT_MS", "4000", 50, 120_000, "To open a connection or to wait for a free one: below the hard timeout, so that the message names the cause. If not set, a connect timeout in `Sql` counts; that and the default, up to four fifths of the hard timeout."),
@@ -91,10 +91,10 @@ pub const SETTINGS: &[Setting] = &[
     number("HTTP_PORT", "7071", 0, 65_535, "Port of a standalone start, as with `func start`; 0: any free one. Under a Functions host the host's port is used."),
     number("HTTP_WORKERS", "0", 0, 1024, "Threads that answer requests; 0: one per core."),
     text("HTTP_CACHE_CONTROL", "private, no-cache", "`Cache-Control` of products. The default makes clients ask again each time, which an ETag makes cheap."),
-    number("HTTP_DRAIN_S", "5", 0, 300, "How long SIGTERM waits for requests in flight; a second signal ends that."),
+    number("HTTP_DRAIN_S", "5", 0, 300, "How long SIGTERM waits for requests in flight; a second signal ends that. The Functions host on Azure sends none: it kills the handler."),
     number("REQUEST_TIMEOUT_MS", "10000", 100, 230_000, "Bound of a whole GET. What is not there by then is answered with its last known copy, else 503; the platform's own limit is 230 s."),
     number("INVALIDATE_BUDGET_MS", "60000", 100, 140_000, "How long one InvalidateCache call retries Redis before it fails: below the SQL trigger's lease renewal limit of about 150 s."),
-    number("INVALIDATE_MAX_BODY_BYTES", "67108864", 1024, 1024 * MIB, "Largest trigger batch: 1,000 rows with photos, escaped four times, stay below 64 MiB."),
+    number("INVALIDATE_MAX_BODY_BYTES", "67108864", 1024, 1024 * MIB, "Largest trigger batch: 1,000 rows with photos, escaped twice by the host, stay below 64 MiB."),
 
     Setting { name: "LOG_LEVEL", default: "info", kind: Kind::Word(&["error", "warn", "info", "debug", "trace"]), meaning: "Least severe level that is written." },
 ];

@@ -123,7 +123,8 @@ fn on_azure_the_sample_catalogue_must_be_asked_for() {
     let error = parse(&hosted).expect_err("no database").to_string();
     assert!(error.starts_with("1 wrong setting: Sql is not set"), "{error}");
     assert!(parse(&hosted[..1]).is_ok() && parse(&hosted[1..]).is_ok(), "func start, and a shell on Azure");
-    assert!(parse(&[&hosted[..], &[("Sql", "sqlite:product-cache.db")]].concat()).is_ok());
+    let asked_for = parse(&[&hosted[..], &[("Sql", "embedded")]].concat()).expect("it was asked for");
+    assert!(asked_for.database.source == Source::Embedded);
 }
 
 #[test]
