@@ -129,7 +129,7 @@ async fn run(config: Config) -> ExitCode {
     let port = server.addrs().first().map_or(http.port, |address| address.port());
     let server = server.run();
     let handle = server.handle();
-    let changes = app.follow_changes();
+    let tasks = (app.follow_changes(), app.report());
     tokio::spawn(announce(app.clone(), role, port, http.route_prefix, redis));
     let stopping_since = Cell::new(None);
     let cut_short = async {
@@ -150,7 +150,7 @@ async fn run(config: Config) -> ExitCode {
     if !http.drain.is_zero() && stopping_since.get().is_some_and(|since| since.elapsed() >= http.drain) {
         tracing::warn!(seconds = http.drain.as_secs(), "requests that were still in flight are cut off");
     }
-    drop(changes);
+    drop(tasks);
     app.settle().await;
     app.database().close().await;
     match role {

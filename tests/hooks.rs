@@ -36,7 +36,7 @@ impl Hook {
             .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/infra/hooks/postprovision.sh"))
             .env("PATH", path)
             .env("SQL_PRIVATE", "false");
-        for name in ["SQL_SERVER", "SQL_DATABASE", "SQL_SERVER_NAME", "AZURE_RESOURCE_GROUP"] {
+        for name in ["SQL_SERVER", "SQL_DATABASE", "SQL_SERVER_NAME", "AZURE_RESOURCE_GROUP", "AZURE_SUBSCRIPTION_ID"] {
             command.env(name, "x");
         }
         command.env("APP_IDENTITY_NAME", "x").env("APP_IDENTITY_CLIENT_ID", "x").env_remove("SAMPLE_CATALOGUE");
@@ -70,6 +70,7 @@ fn the_hook_closes_the_firewall_whatever_ends_it() {
         let rules: Vec<_> = log.lines().filter(|line| line.starts_with("az sql server firewall-rule")).collect();
         let [opened, closed] = rules[..] else { panic!("{signal}: {log}") };
         assert!(opened.contains("rule create ") && opened.contains("--start-ip-address 192.0.2.7"), "{opened}");
+        assert!(rules.iter().all(|rule| rule.contains("--subscription x ")), "az's own may be another: {log}");
         let name = opened.split("--name ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
         assert!(closed.contains("rule delete ") && closed.ends_with(&format!("--name {name}")), "{closed}");
     }

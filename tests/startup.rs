@@ -304,6 +304,26 @@ async fn information_goes_to_stdout_line_by_line_and_only_trouble_to_stderr() {
 }
 
 #[tokio::test]
+async fn how_its_cache_is_doing_is_a_line_in_the_log_as_long_as_it_is_asked() {
+    let instance = start().env("LOG_STATUS_S", 1).up().await;
+    for _ in 0..3 {
+        instance.get("/api/GetProductById?productid=680,681").await;
+    }
+    let lines = || instance.stdout.text().lines().filter(|line| line.contains("status memory=")).count();
+    let told = |name: &str| -> u64 {
+        let text = instance.stdout.text();
+        let numbers = text.lines().filter_map(|line| line.split(name).nth(1)?.split(' ').next()?.parse::<u64>().ok());
+        numbers.sum()
+    };
+    eventually("all is told", async || (told(" memory=") == 4).then_some(())).await;
+    assert_eq!((told(" database="), told(" loads="), told(" stale=")), (2, 1, 0), "{}", instance.stdout.text());
+    assert!(told(" entries=") >= 2 && told(" bytes=") > 2_000, "{}", instance.stdout.text());
+    let said = lines();
+    sleep(Duration::from_millis(2_500)).await;
+    assert_eq!(lines(), said, "nothing was asked: {}", instance.stdout.text());
+}
+
+#[tokio::test]
 async fn a_database_that_somebody_names_is_neither_made_nor_seeded() {
     let folder = tempfile::tempdir().unwrap();
     let theirs = folder.path().join("crm.db");

@@ -48,7 +48,7 @@ if ($said -notmatch "IP address '([0-9.]+)'") {
 }
 $address = $Matches[1]
 Write-Output "The firewall is opened for $address while this runs."
-$rule = @('--resource-group', $env:AZURE_RESOURCE_GROUP, '--server', $env:SQL_SERVER_NAME, '--name', "hook-$PID")
+$rule = @('--subscription', $env:AZURE_SUBSCRIPTION_ID, '--resource-group', $env:AZURE_RESOURCE_GROUP, '--server', $env:SQL_SERVER_NAME, '--name', "hook-$PID")
 try {
   & az sql server firewall-rule create --only-show-errors --output none @rule --start-ip-address $address --end-ip-address $address
   # A rule can take five minutes to have effect.

@@ -49,8 +49,8 @@ fi
 echo "The firewall is opened for $address while this runs."
 rule="hook-$$"
 close() {
-  az sql server firewall-rule delete --only-show-errors --resource-group "$AZURE_RESOURCE_GROUP" \
-    --server "$SQL_SERVER_NAME" --name "$rule" ||
+  az sql server firewall-rule delete --only-show-errors --subscription "$AZURE_SUBSCRIPTION_ID" \
+    --resource-group "$AZURE_RESOURCE_GROUP" --server "$SQL_SERVER_NAME" --name "$rule" ||
     echo "Look whether the firewall rule $rule of $SQL_SERVER_NAME is still there, and delete it." >&2
 }
 # Before there is one: it may be made, and this stopped, before anything is heard of it. Not every sh runs what EXIT says
@@ -59,8 +59,8 @@ trap close EXIT
 trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
-az sql server firewall-rule create --only-show-errors --output none --resource-group "$AZURE_RESOURCE_GROUP" \
-  --server "$SQL_SERVER_NAME" --name "$rule" --start-ip-address "$address" --end-ip-address "$address"
+az sql server firewall-rule create --only-show-errors --output none --subscription "$AZURE_SUBSCRIPTION_ID" \
+  --resource-group "$AZURE_RESOURCE_GROUP" --server "$SQL_SERVER_NAME" --name "$rule" --start-ip-address "$address" --end-ip-address "$address"
 # A rule can take five minutes to have effect.
 for attempt in 1 2 3 4 5 6 7 8 9 10 11; do
   if said=$(all); then

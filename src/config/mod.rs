@@ -80,6 +80,8 @@ pub struct Config {
     pub redis: Option<Redis>,
     /// The database.
     pub database: Database,
+    /// Pause between two lines on how the cache is doing; zero: none is written.
+    pub log_status: Duration,
     /// Least severe level that is logged.
     pub log_level: String,
     /// Instances that the plan may start, if anybody says.
@@ -305,6 +307,7 @@ impl Config {
             },
             redis,
             database,
+            log_status: read.seconds("LOG_STATUS_S"),
             log_level: read.text("LOG_LEVEL").to_ascii_lowercase(),
             max_instances,
             given: read.given(),

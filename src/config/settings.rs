@@ -96,6 +96,7 @@ pub const SETTINGS: &[Setting] = &[
     number("INVALIDATE_BUDGET_MS", "60000", 100, 140_000, "How long one InvalidateCache call retries Redis before it fails: below the SQL trigger's lease renewal limit of about 150 s."),
     number("INVALIDATE_MAX_BODY_BYTES", "67108864", 1024, 1024 * MIB, "Largest trigger batch: 1,000 rows with photos, escaped twice by the host, stay below 64 MiB."),
 
+    number("LOG_STATUS_S", "60", 0, 86_400, "How often an instance writes in one line how its cache is doing, if anything was asked or changed; 0: never."),
     Setting { name: "LOG_LEVEL", default: "info", kind: Kind::Word(&["error", "warn", "info", "debug", "trace"]), meaning: "Least severe level that is written." },
 ];
 

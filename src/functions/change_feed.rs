@@ -9,7 +9,7 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::App;
+use super::{App, Counter};
 use crate::{
     cache::Key,
     database::{Error, Position},
@@ -101,7 +101,7 @@ impl Follower<'_> {
             Ok(())
         } else {
             let keys: Vec<_> = changes.keys.iter().map(|id| Key::new(product::KIND, *id)).collect();
-            self.app.counts.expired(keys.len());
+            self.app.counts.add(Counter::ExpiredKeys, keys.len() as u64);
             cache.expire_here(&keys);
             let untold = self.untold(keys).await;
             cache.expire(&untold, PATIENCE).await

@@ -12,7 +12,7 @@ use futures_util::StreamExt;
 use tokio::time::Instant;
 
 use super::{
-    App,
+    App, Counter,
     error::Error,
     invocation::{self, Changes, Reply},
 };
@@ -36,7 +36,7 @@ async fn invalidate(app: &App, head: &RequestHead, payload: Payload) -> Result<H
     let changes = decode(app, body).await?;
     let keys: Vec<_> = changes.keys.iter().map(|id| Key::new(product::KIND, *id)).collect();
     app.cache.expire(&keys, deadline.saturating_duration_since(Instant::now())).await?;
-    app.counts.expired(keys.len());
+    app.counts.add(Counter::ExpiredKeys, keys.len() as u64);
     if changes.unreadable > 0 {
         return Err(Error::BadRequest(format!("{} rows have no readable {}", changes.unreadable, product::TABLE.key)));
     }

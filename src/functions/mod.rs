@@ -8,14 +8,12 @@ mod error;
 mod get_product_by_id;
 mod invalidate_cache;
 mod invocation;
+mod status;
 
 use std::{
     net::SocketAddr,
     panic::AssertUnwindSafe,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -30,13 +28,13 @@ use futures_util::{
     FutureExt,
     future::{Either, LocalBoxFuture, ready},
 };
-use serde_json::json;
 use tokio::{runtime::Handle, time::timeout};
 
 pub use self::error::Error;
+use self::status::{Counter, Counts};
 use crate::{
-    background::{self, Task, keep_running},
-    cache::{Answer, Cache, Entry, Failure, Feed, Key, Level, Load, entry::Body},
+    background::{Task, keep_running},
+    cache::{Cache, Entry, Failure, Feed, Key, Load, entry::Body},
     config::Config,
     database::Database,
     foreground::Foreground,
@@ -120,7 +118,7 @@ impl App {
 fn load_products(database: Arc<Database>, counts: Arc<Counts>) -> Load {
     Arc::new(move |keys: Vec<Key>| {
         let database = database.clone();
-        counts.loads.fetch_add(1, Ordering::Relaxed);
+        counts.add(Counter::Loads, 1);
         async move {
             let ids: Vec<_> = keys.iter().map(Key::id).collect();
             let products = product::load(&database, &ids).await;
@@ -229,7 +227,7 @@ fn respond(counts: &Counts, head: &RequestHead, outcome: thread::Result<Result<H
     let outcome = outcome.unwrap_or_else(|_| Err(Error::Broken("a handler panicked".to_owned())));
     outcome.unwrap_or_else(|error| {
         if let Error::Broken(problem) = &error {
-            counts.broken.fetch_add(1, Ordering::Relaxed);
+            counts.add(Counter::Bugs, 1);
             tracing::error!(problem, invocation = invocation_id(head), "a bug");
         }
         error.response(invocation_id(head))
@@ -300,71 +298,10 @@ fn invocation_id(head: &RequestHead) -> Option<&str> {
     Some(id.get(..64).unwrap_or(id)).filter(|id| !id.is_empty() && id.bytes().all(|byte| byte.is_ascii_graphic()))
 }
 
-/// How often what happened, since the process began.
-#[derive(Default)]
-struct Counts {
-    memory: AtomicU64,
-    redis: AtomicU64,
-    database: AtomicU64,
-    stale: AtomicU64,
-    loads: AtomicU64,
-    expired: AtomicU64,
-    broken: AtomicU64,
-}
-
-impl Counts {
-    fn count(&self, answer: &Answer) {
-        let counter = match (answer.how().stale, answer.how().level) {
-            (Some(_), _) => &self.stale,
-            (None, Level::Memory) => &self.memory,
-            (None, Level::Redis) => &self.redis,
-            (None, Level::Database) => &self.database,
-        };
-        counter.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn expired(&self, keys: usize) {
-        self.expired.fetch_add(keys as u64, Ordering::Relaxed);
-    }
-}
-
-impl App {
-    /// What `GET /` shows: how the cache is doing, without asking anybody.
-    fn status(&self) -> serde_json::Value {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let (counts, cache) = (&self.counts, self.cache.status());
-        let seconds = |unheard: Option<Duration>| unheard.map(|unheard| unheard.as_secs_f64());
-        json!({
-            "name": env!("CARGO_PKG_NAME"),
-            "version": env!("CARGO_PKG_VERSION"),
-            "uptimeSeconds": self.started.elapsed().as_secs(),
-            "answers": {
-                "memory": read(&counts.memory), "redis": read(&counts.redis), "database": read(&counts.database),
-                "stale": read(&counts.stale),
-            },
-            "loads": read(&counts.loads),
-            "breakerOpen": cache.breaker_open,
-            "expiredKeys": read(&counts.expired),
-            "bugs": read(&counts.broken) + background::panics(),
-            "memory": { "entries": cache.entries, "bytes": cache.bytes },
-            "redis": cache.redis_connected.map(|connected| json!({
-                "connected": connected,
-                "logPosition": cache.log_position.map(|position| position.to_string()),
-                "logUnheardSeconds": seconds(cache.log_unheard_for),
-                "expiriesQueued": cache.expiries_queued,
-                "everythingQueued": cache.everything_queued,
-            })),
-            "changeFeed": self.database.feed_interval().map(|interval| json!({
-                "intervalSeconds": interval.as_secs_f64(),
-                "unheardSeconds": seconds(cache.feed_unheard_for),
-            })),
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use actix_web::{body::to_bytes, test::TestRequest};
+    use serde_json::json;
 
     use super::*;
 
@@ -380,7 +317,7 @@ mod tests {
         let expected =
             json!({"type": "about:blank", "title": "Internal Server Error", "status": 500, "invocationId": "an-id"});
         assert_eq!(problem, expected);
-        assert_eq!(counts.broken.load(Ordering::Relaxed), 1);
+        assert_eq!(counts.read()[Counter::Bugs as usize], 1);
     }
 
     #[test]
