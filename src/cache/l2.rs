@@ -9,7 +9,7 @@ use std::{ops::Range, time::Duration};
 
 use bytes::Bytes;
 
-use redis::{Cmd, Value};
+use redis::{Cmd, RedisResult, Value};
 
 use super::{InRedis, Key, entry, log::Floor};
 use crate::{
@@ -105,23 +105,6 @@ pub(super) enum Read {
     Unusable,
 }
 
-/// What a look at a key shows.
-pub(super) enum Seen {
-    /// Usable.
-    Fresh(CachedCopy),
-    /// Another instance is loading it.
-    Leased,
-    /// Neither, as far as can be seen.
-    Neither,
-}
-
-/// Whether a look tells others' leases apart from nothing.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Leases {
-    Ignored,
-    Told,
-}
-
 /// Whether stale copies, for fail-safe, come along with a lease.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum StaleCopies {
@@ -171,34 +154,39 @@ impl L2 {
         }
     }
 
-    /// Reads all keys in one round trip, by the same rules as [`READ_OR_LEASE`], and takes no lease. `now_ms`: see
-    /// [`Clock`](super::clock::Clock).
+    /// The usable ones of all keys in one round trip, by the same rules as [`READ_OR_LEASE`]; takes no lease. `now_ms`:
+    /// see [`Clock`](super::clock::Clock).
     pub(super) async fn read(
         &self,
         keys: &[Key],
         max_age: Option<Duration>,
         floor: Floor,
         now_ms: u64,
-        leases: Leases,
-    ) -> Result<Vec<Seen>, Error> {
-        let fields: &[&str] = match leases {
-            Leases::Told => &["b", "f", "u"],
-            Leases::Ignored => &["b", "f"],
-        };
-        let commands = keys.iter().map(|key| {
-            let mut command = redis::cmd("HMGET");
-            command.arg(self.name(key)).arg(fields);
-            command
-        });
-        let replies = self.redis.send(commands.collect()).await?;
+    ) -> Result<Vec<Option<CachedCopy>>, Error> {
+        let replies = self.fields(keys, &["b", "f"]).await?;
         let wants = |loaded_ms: u64, generation: u64| {
             // Redis' clock may be set back, or be another one's after a failover.
             let age_ms = now_ms.saturating_sub(loaded_ms);
             let young = max_age.is_none_or(|max_age| u128::from(age_ms) < max_age.as_millis());
             young && now_ms - age_ms > floor.ms && generation >= floor.generation
         };
-        let seen = keys.iter().zip(replies).map(|(key, reply)| seen(key, reply.ok()?, now_ms, &wants));
-        Ok(seen.map(|seen| seen.unwrap_or(Seen::Neither)).collect())
+        Ok(keys.iter().zip(replies).map(|(key, reply)| fresh(key, reply.ok()?, now_ms, &wants)).collect())
+    }
+
+    /// Which of these keys somebody is loading: a fill ends that. No body is sent, however often this is asked.
+    pub(super) async fn leased(&self, keys: &[Key], now_ms: u64) -> Result<Vec<bool>, Error> {
+        let replies = self.fields(keys, &["u"]).await?;
+        let until = |reply: RedisResult<Value>| number(&redis::from_redis_value::<(Vec<u8>,)>(reply.ok()?).ok()?.0);
+        Ok(replies.into_iter().map(|reply| until(reply).is_some_and(|until_ms| now_ms < until_ms)).collect())
+    }
+
+    async fn fields(&self, keys: &[Key], fields: &[&str]) -> Result<Vec<RedisResult<Value>>, Error> {
+        let commands = keys.iter().map(|key| {
+            let mut command = redis::cmd("HMGET");
+            command.arg(self.name(key)).arg(fields);
+            command
+        });
+        self.redis.send(commands.collect()).await
     }
 
     /// Reads or leases all keys in one round trip, each by its token. `max_age` accepts only younger entries. `Err`: some
@@ -319,32 +307,28 @@ impl L2 {
     }
 }
 
-/// What a key's fields (`b`, `f` and maybe `u`) say at this time; `None` if nothing.
-fn seen(key: &Key, reply: Value, now_ms: u64, wants: &impl Fn(u64, u64) -> bool) -> Option<Seen> {
+/// What a key's fields `b` and `f` hold, if it is fresh at this time and wanted.
+fn fresh(key: &Key, reply: Value, now_ms: u64, wants: &impl Fn(u64, u64) -> bool) -> Option<CachedCopy> {
     let Value::Array(fields) = reply else { return None };
     let mut fields = fields.into_iter();
     let mut field = || match fields.next()? {
         Value::BulkString(bytes) => Some(bytes),
         _ => None,
     };
-    let (stored, fresh_until, leased_until) = (field(), field(), field());
-    let fresh = || {
-        let left_ms = number(&fresh_until?)?.checked_sub(now_ms).filter(|left_ms| *left_ms > 0)?;
-        let stored = Bytes::from(stored?);
-        let digits = |range: Range<usize>| number(stored.get(range)?);
-        let (loaded_ms, generation, took_ms) = (digits(LOADED)?, digits(GENERATION)?, digits(TOOK)?);
-        if !wants(loaded_ms, generation) {
-            return None;
-        }
-        Some(CachedCopy {
-            entry: entry::decode(key, stored.slice(TOOK.end..))?,
-            age: Duration::from_millis(now_ms.saturating_sub(loaded_ms)),
-            left: Duration::from_millis(left_ms),
-            took: Duration::from_millis(took_ms),
-            only_old: false,
-        })
-    };
-    fresh().map(Seen::Fresh).or_else(|| (now_ms < number(&leased_until?)?).then_some(Seen::Leased))
+    let (stored, fresh_until) = (Bytes::from(field()?), field()?);
+    let left_ms = number(&fresh_until)?.checked_sub(now_ms).filter(|left_ms| *left_ms > 0)?;
+    let digits = |range: Range<usize>| number(stored.get(range)?);
+    let (loaded_ms, generation, took_ms) = (digits(LOADED)?, digits(GENERATION)?, digits(TOOK)?);
+    if !wants(loaded_ms, generation) {
+        return None;
+    }
+    Some(CachedCopy {
+        entry: entry::decode(key, stored.slice(TOOK.end..))?,
+        age: Duration::from_millis(now_ms.saturating_sub(loaded_ms)),
+        left: Duration::from_millis(left_ms),
+        took: Duration::from_millis(took_ms),
+        only_old: false,
+    })
 }
 
 /// At most 19 digits as a number.

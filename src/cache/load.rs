@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::{
     Entry, Failure, How, InRedis, Inner, Key, Level, Load,
     gate::Outcome,
-    l2::{CachedCopy, Fill, Filled, L2, Leases, Read, Seen, StaleCopies, Token},
+    l2::{CachedCopy, Fill, Filled, L2, Read, StaleCopies, Token},
     memory::{Guard, Moment, Purpose, Stored, Times, duration, span},
 };
 use crate::redis;
@@ -65,37 +65,41 @@ async fn land_fresh(cache: &Inner, guards: Vec<Guard>) -> Vec<Pending> {
     // What was expired here was expired there, too, and what is to be refreshed has to be leased.
     let unknown = |guard: &Guard| cache.trusts_redis_with(&guard.key) && !cache.memory.holds(&guard.key);
     let mut others: Vec<_> = flights.extract_if(.., |pending| !unknown(&pending.guard)).collect();
-    match read_fresh(cache, &remote.l2, flights, Leases::Ignored).await {
-        Ok((free, _)) => others.extend(free),
+    match read_fresh(cache, &remote.l2, flights).await {
+        Ok(free) => others.extend(free),
         Err(unseen) => others.extend(unseen.into_iter().map(|pending| Pending { past_redis: true, ..pending })),
     }
     others
 }
 
-/// Looks at these keys in Redis, once: ends what is fresh there; returns what nobody is loading, and, if `leases` are told,
-/// what others are. `Err`: Redis does not answer; the keeper says what is wrong with the connection.
-async fn read_fresh(
-    cache: &Inner,
-    l2: &L2,
-    flights: Vec<Pending>,
-    leases: Leases,
-) -> Result<(Vec<Pending>, Vec<Pending>), Vec<Pending>> {
+/// Looks at these keys in Redis, once: ends what is fresh there and returns the others. `Err`: Redis does not answer; the
+/// keeper says what is wrong with the connection.
+async fn read_fresh(cache: &Inner, l2: &L2, flights: Vec<Pending>) -> Result<Vec<Pending>, Vec<Pending>> {
     let sent = cache.memory.now();
     let (Some(first), Some(now_ms)) = (flights.first(), cache.clock.redis_ms(sent)) else {
-        return Ok((flights, Vec::new())); // the script asks for the time itself
+        return Ok(flights); // the script asks for the time itself
     };
     let max_age = first.guard.flight.max_age;
     let keys: Vec<_> = flights.iter().map(|pending| pending.guard.key).collect();
-    let Ok(seen) = l2.read(&keys, max_age, cache.floor(), now_ms, leases).await else { return Err(flights) };
-    let (mut free, mut leased) = (Vec::new(), Vec::new());
-    for (pending, seen) in flights.into_iter().zip(seen) {
-        match seen {
-            Seen::Fresh(copy) => land_copy(cache, pending.guard, copy, sent),
-            Seen::Leased => leased.push(pending),
-            Seen::Neither => free.push(pending),
+    let Ok(copies) = l2.read(&keys, max_age, cache.floor(), now_ms).await else { return Err(flights) };
+    let mut others = Vec::new();
+    for (pending, copy) in flights.into_iter().zip(copies) {
+        match copy {
+            Some(copy) => land_copy(cache, pending.guard, copy, sent),
+            None => others.push(pending),
         }
     }
-    Ok((free, leased))
+    Ok(others)
+}
+
+/// Which of these keys somebody is loading, and the others. `Err`: Redis does not answer.
+async fn leased(cache: &Inner, l2: &L2, flights: Vec<Pending>) -> Result<(Vec<Pending>, Vec<Pending>), Vec<Pending>> {
+    let Some(now_ms) = cache.clock.redis_ms(cache.memory.now()) else { return Ok((Vec::new(), flights)) };
+    let keys: Vec<_> = flights.iter().map(|pending| pending.guard.key).collect();
+    let Ok(leased) = l2.leased(&keys, now_ms).await else { return Err(flights) };
+    let (leased, free): (Vec<_>, Vec<_>) = flights.into_iter().zip(leased).partition(|(_, leased)| *leased);
+    let pending = |(pending, _)| pending;
+    Ok((leased.into_iter().map(pending).collect(), free.into_iter().map(pending).collect()))
 }
 
 /// Ends a flight with what Redis holds, as of `sent`.
@@ -208,10 +212,14 @@ async fn wait(
 ) -> Option<(Vec<Pending>, Vec<Pending>)> {
     while !theirs.is_empty() && began.elapsed() < cache.config.lease_wait {
         sleep((began.elapsed() / PART_OF_WAIT).max(LOOK_AGAIN)).await;
-        let free;
-        (free, theirs) = match read_fresh(cache, l2, theirs, Leases::Told).await {
+        let delivered;
+        (theirs, delivered) = match leased(cache, l2, theirs).await {
             Ok(seen) => seen,
             Err(unseen) => return Some((unseen, Vec::new())),
+        };
+        let free = match read_fresh(cache, l2, delivered).await {
+            Ok(free) => free,
+            Err(unseen) => return Some((unseen, theirs)),
         };
         if !free.is_empty() {
             let (ours, leased) = read_or_lease(cache, l2, free, StaleCopies::Unwanted).await;

@@ -140,6 +140,25 @@ async fn each_key_of_a_batch_is_loaded_as_soon_as_its_own_lease_is_free() {
 }
 
 #[tokio::test]
+async fn waiting_for_anothers_load_does_not_send_the_stale_copy_at_each_look() {
+    const SIZE: usize = 100_000;
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::hearing(&truth, &redis.url(), &[("CACHE_LEASE_WAIT_MS", "1000")]).await;
+    let stale = format!("{:014}{:010}{:010}{}", 1, 1, 1, "x".repeat(SIZE));
+    redis.command(&["HSET", "{product-cache}:thing:1", "b", &stale]).await;
+    leave_lease(&redis, 1).await;
+    let sent = async || -> usize {
+        let stats: String = redis::from_redis_value(redis.command(&["INFO", "stats"]).await).unwrap();
+        stats.lines().find_map(|line| line.strip_prefix("total_net_output_bytes:")?.parse().ok()).unwrap()
+    };
+    let before = sent().await;
+    assert_eq!(node.value(1).await, Some(10), "nobody delivers");
+    let copies = (sent().await - before) / SIZE;
+    assert!((1..=2).contains(&copies), "the look before the lease was asked for, and the lease's answer: {copies}");
+}
+
+#[tokio::test]
 async fn a_lease_whose_holder_died_costs_one_more_load() {
     let redis = RedisServer::start().await;
     let truth = Truth::new(&[(1, 10)]);
