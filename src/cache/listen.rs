@@ -12,13 +12,14 @@ use std::{
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{
-    Inner,
+    Inner, Readiness,
     log::{News, Scope},
     memory::{Source, duration},
 };
 use crate::telemetry::LogLimiter;
 
-/// How long after the start reads wait for the log to be heard for the first time: as long as Redis takes to answer.
+/// How long after the start reads wait until it is known what in Redis is stale: as long as Redis takes to answer, and the
+/// database's feed.
 const FIRST_HEARING: Duration = Duration::from_millis(250);
 
 /// How far the last expiry of everything may lie in the future by Redis' clock: more than a read of the log takes, before
@@ -28,12 +29,13 @@ const CLOCK_SLACK: Duration = Duration::from_secs(5);
 const LOWER_AGAIN: Duration = Duration::from_secs(60);
 
 impl Inner {
-    /// Waits a moment for the log at the very start, so that the first reads need not go past Redis.
+    /// Waits a moment for log and feed at the very start, so that the first reads need not go past Redis.
     pub(super) async fn first_hearing(&self) {
         let left = FIRST_HEARING.saturating_sub(duration(self.memory.now()));
-        if !left.is_zero() && !*self.heard_once.borrow() {
-            let mut heard_once = self.heard_once.subscribe();
-            let _ = timeout(left, heard_once.wait_for(|heard| *heard)).await;
+        let is_ready = |readiness: &Readiness| readiness.log_heard.is_some() && readiness.feed_resumed;
+        if !left.is_zero() && !is_ready(&self.readiness.borrow()) {
+            let mut readiness = self.readiness.subscribe();
+            let _ = timeout(left, readiness.wait_for(is_ready)).await;
         }
     }
 }
@@ -90,7 +92,11 @@ pub(super) async fn listen(cache: Arc<Inner>) {
         if heard.caught_up {
             // As of when the read was sent: a process that was stopped meanwhile must not think it heard just now.
             cache.memory.heard(Source::Log, sent);
-            cache.heard_once.send_if_modified(|heard| !mem::replace(heard, true));
+            cache.readiness.send_if_modified(|readiness| {
+                let first = readiness.log_heard.is_none();
+                readiness.log_heard.get_or_insert(sent);
+                first
+            });
             if mem::take(&mut deaf) {
                 tracing::info!("the invalidation log is heard again");
             }

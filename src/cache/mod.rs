@@ -20,6 +20,7 @@ mod memory;
 mod read;
 
 use std::{
+    mem,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -37,7 +38,7 @@ use self::{
     clock::Clock,
     l2::L2,
     log::{Floor, Log, Scope},
-    memory::{Guard, Memory, Source},
+    memory::{Guard, Memory, Moment, Source, duration},
 };
 use crate::{
     background::{Task, keep_running},
@@ -80,8 +81,16 @@ struct Inner {
     floor: Mutex<Floor>,
     clock: Clock,
     position: Mutex<Option<Position>>,
-    heard_once: watch::Sender<bool>,
+    readiness: watch::Sender<Readiness>,
     failures: LogLimiter,
+}
+
+/// Whether it is known what in Redis is stale.
+struct Readiness {
+    /// When the log was heard for the first time.
+    log_heard: Option<Moment>,
+    /// Whether the feed has told what changed while nobody listened, if there is a feed.
+    feed_resumed: bool,
 }
 
 /// Everything that is in Redis.
@@ -124,7 +133,7 @@ impl Cache {
             floor: Mutex::default(),
             clock: Clock::new(),
             position: Mutex::new(None),
-            heard_once: watch::Sender::new(false),
+            readiness: watch::Sender::new(Readiness { log_heard: None, feed_resumed: feed == Feed::None }),
             failures: LogLimiter::default(),
         });
         let mut tasks = Vec::new();
@@ -241,6 +250,11 @@ impl Cache {
         self.inner.memory.heard(Source::Feed, moment);
     }
 
+    /// All changes up to the last reading of the feed have been expired, those from before this process began too.
+    pub fn feed_resumed(&self) {
+        self.inner.readiness.send_if_modified(|readiness| !mem::replace(&mut readiness.feed_resumed, true));
+    }
+
     /// How things are, for people.
     pub fn status(&self) -> Status {
         let inner = &self.inner;
@@ -322,6 +336,12 @@ impl Inner {
     fn trusts_redis_with(&self, key: &Key) -> bool {
         // The floor, below which entries in Redis are stale, is heard from the log.
         let heard = self.memory.unheard_for(Source::Log).is_some_and(|unheard| unheard <= self.config.unheard_max);
-        self.remote.is_some() && heard && !self.queue.has(key)
+        self.remote.is_some() && heard && self.is_told() && !self.queue.has(key)
+    }
+
+    /// Whether Redis has been told what changed while no instance ran, or the feed that knows it cannot be read.
+    fn is_told(&self) -> bool {
+        let Readiness { log_heard, feed_resumed } = *self.readiness.borrow();
+        feed_resumed || log_heard.is_some_and(|heard| duration(self.memory.now() - heard) > self.config.unheard_max)
     }
 }

@@ -20,12 +20,15 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Least time between two looks, where the engine tells of commits; and before the first.
 const SHORTEST: Duration = Duration::from_millis(10);
+/// Full pages one after the other that make everything stale: to tell each of so many keys, by every instance that reads them
+/// at the same time, would cost more than to load what is asked for anew.
+const MANY_PAGES: usize = 3;
 /// What the position is kept under in Redis.
 const CHECKPOINT: &str = "feed";
 
 /// Follows the feed for ever.
 pub(super) async fn follow(app: Arc<App>, interval: Duration) {
-    let mut follower = Follower { app: &app, position: None, resumed: false, kept: None };
+    let mut follower = Follower { app: &app, position: None, resumed: false, kept: None, pages: 0 };
     let mut failing = false;
     // Whoever asks as soon as the port is open goes first, and has the database's first connection.
     sleep(SHORTEST).await;
@@ -40,6 +43,9 @@ pub(super) async fn follow(app: Arc<App>, interval: Duration) {
                     continue;
                 }
                 app.cache.heard_feed(began);
+                if follower.resumed {
+                    app.cache.feed_resumed();
+                }
             }
             Err(error) => {
                 if !std::mem::replace(&mut failing, true) {
@@ -66,32 +72,46 @@ struct Follower<'a> {
     resumed: bool,
     /// The position that Redis keeps, as far as this process knows.
     kept: Option<Position>,
+    /// Full pages that were read one after the other.
+    pages: usize,
 }
 
 impl Follower<'_> {
     /// Reads one page and expires what it names. `true`: there is more.
     async fn step(&mut self) -> Result<bool, Error> {
-        let cache = &self.app.cache;
+        let (cache, database) = (&self.app.cache, &self.app.database);
         if self.position.is_none() {
-            self.position = Some(self.app.database.latest_change(&product::TABLE).await?);
+            self.position = Some(database.latest_change(&product::TABLE).await?);
             // What was read into memory before there was a position may have changed since.
             cache.expire_everything_here();
         }
-        let (mut resumed, mut everything) = (self.resumed, false);
-        if !resumed && let Ok(kept) = cache.checkpoint(CHECKPOINT).await {
-            // Changes since then were told to nobody, unless by another instance; some are repeated.
-            match kept {
-                Some(kept) => {
-                    self.position = Some(kept.into());
-                    // It may be later than ours was, and what lies between was not told here.
-                    cache.expire_everything_here();
-                }
-                None => everything = true,
+        let mut everything = false;
+        if !self.resumed {
+            match cache.checkpoint(CHECKPOINT).await {
+                // Changes since then were told to nobody, unless by another instance; some are repeated.
+                Ok(Some(kept)) => self.go_on_from(kept.into()),
+                Ok(None) => everything = true,
+                Err(_) => {}
             }
-            resumed = true;
         }
-        let Some(position) = &self.position else { unreachable!("set above") };
-        let changes = self.app.database.changes_since(&product::TABLE, position).await?;
+        let mut from = self.position.clone();
+        if self.pages >= MANY_PAGES {
+            self.pages = 0;
+            // Whoever comes first does it for all.
+            sleep(SHORTEST.mul_f64(rand::random_range(0.0..20.0))).await;
+            if self.goes_on_from_anothers().await {
+                return Ok(true);
+            }
+            tracing::info!("much has changed; everything is stale");
+            from = Some(database.latest_change(&product::TABLE).await?);
+            everything = true;
+        }
+        let Some(from) = &from else { unreachable!("set above") };
+        let changes = database.changes_since(&product::TABLE, from).await?;
+        if changes.more && self.goes_on_from_anothers().await {
+            return Ok(true);
+        }
+        self.pages = if changes.more { self.pages + 1 } else { 0 };
         if changes.overrun {
             tracing::warn!("the change feed was pruned or replaced; everything is stale");
         }
@@ -106,7 +126,7 @@ impl Follower<'_> {
             let untold = self.untold(keys).await;
             cache.expire(&untold, PATIENCE).await
         };
-        self.resumed = resumed;
+        self.resumed |= everything;
         let position = self.position.insert(changes.position);
         match expired {
             // An earlier expiry may still be on its way: whoever comes after this process must not begin behind it.
@@ -119,6 +139,31 @@ impl Follower<'_> {
             Err(error) => tracing::warn!(%error, "the change feed goes on"),
         }
         Ok(changes.more)
+    }
+
+    /// Takes a position that an instance has kept: all before it has been told, though not all of it here.
+    fn go_on_from(&mut self, kept: Position) {
+        self.app.cache.expire_everything_here();
+        self.kept = Some(kept.clone());
+        self.position = Some(kept);
+        self.resumed = true;
+    }
+
+    /// Where much has changed, and another instance has told nearly all of it: goes on from there.
+    async fn goes_on_from_anothers(&mut self) -> bool {
+        let Ok(Some(checkpoint)) = self.app.cache.checkpoint(CHECKPOINT).await else { return false };
+        let kept = Position::from(checkpoint);
+        if self.kept.as_ref() == Some(&kept) {
+            return false;
+        }
+        // A full page from it would tell nothing of whether it lies before this instance's or after.
+        match self.app.database.changes_since(&product::TABLE, &kept).await {
+            Ok(since) if !since.overrun && !since.more => {
+                self.go_on_from(kept);
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Those of these keys that no other instance has told: those that have changed since the position that is kept.

@@ -205,6 +205,73 @@ async fn what_changed_while_nobody_ran_is_not_served_from_redis(engine: Engine) 
     assert!(other.header("cache-status").starts_with("L2; hit"), "the rest is still good: {other:?}");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn redis_is_not_believed_before_the_feed_has_told_what_changed_while_nobody_ran() {
+    let (server, redis) = (DatabaseServer::start(Engine::Postgres).await, RedisServer::start().await);
+    let settings = |url: &str| on(url).env("Redis", redis.url()).env("FEED_INTERVAL_MS", 50);
+    rename(&server, 680, "before").await;
+    let mut first = settings(&server.url()).up().await;
+    assert!(shows(&first.product(680).await, "before"));
+    first.signal("TERM");
+    first.exit_code().await;
+
+    rename(&server, 680, "after").await;
+    let proxy = Proxy::start(server.port).await;
+    proxy.set(Fault::Slow(Duration::from_millis(300)));
+    let second = settings(&server.url_by(proxy.port));
+    let second = second.env("CACHE_HARD_TIMEOUT_MS", 9000).env("DATABASE_CONNECT_TIMEOUT_MS", 7000);
+    let second = second.env("CACHE_LEASE_MS", 10000).env("REQUEST_TIMEOUT_MS", 30000).listening().await;
+    eventually("it is loaded", async || {
+        let reply = second.product(680).await;
+        assert!(!shows(&reply, "before"), "{reply:?}");
+        shows(&reply, "after").then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_feed_that_cannot_be_read_from_the_start_does_not_empty_memory_at_each_look() {
+    let (server, redis) = (DatabaseServer::start(Engine::Postgres).await, RedisServer::start().await);
+    let settings = || on(&server.url()).env("Redis", redis.url()).env("FEED_INTERVAL_MS", 20);
+    let first = settings().up().await;
+    let kept = async || redis.command(&["EXISTS", "{product-cache}:feed"]).await == redis::Value::Int(1);
+    eventually("it keeps its position", async || kept().await.then_some(())).await;
+    drop(first);
+
+    server.sql("REVOKE SELECT ON product_change FROM handler").await;
+    let second = settings().env("CACHE_UNHEARD_MAX_S", 60).listening().await;
+    second.stderr.wait_for("the change feed cannot be heard").await;
+    assert_eq!(second.product(680).await.status, 200);
+    for _ in 0..5 {
+        sleep(Duration::from_millis(100)).await;
+        let reply = second.product(680).await;
+        assert!(reply.header("cache-status").starts_with("L1; hit"), "{reply:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bulk_change_is_not_told_key_by_key_by_every_instance() {
+    const INSTANCES: usize = 4;
+    let (server, redis) = (DatabaseServer::start(Engine::Postgres).await, RedisServer::start().await);
+    let settings = || on(&server.url()).env("Redis", redis.url()).env("FEED_INTERVAL_MS", 200);
+    let instances = join_all((0..INSTANCES).map(|_| settings().up())).await;
+    for instance in &instances {
+        assert_eq!(instance.product(680).await.status, 200);
+    }
+    let log = async || -> Vec<(String, [String; 2])> {
+        redis::from_redis_value(redis.command(&["XRANGE", "{product-cache}:log", "-", "+"]).await).unwrap()
+    };
+    let before = log().await.len();
+    let change = "INSERT INTO product_change (ProductID) SELECT n FROM generate_series(1000000, 1200000) n";
+    server.sql(&format!("{change}; UPDATE product SET Name = 'after' WHERE ProductID = 680")).await;
+    for instance in &instances {
+        eventually("everybody knows", async || shows(&instance.product(680).await, "after").then_some(())).await;
+    }
+    let told: usize = log().await[before..].iter().map(|(_, [_, text])| text.split(' ').count()).sum();
+    // Three full pages by each at most, and then everything.
+    assert!(told <= INSTANCES * 40_000, "200,000 changes were told as {told} keys");
+}
+
 /// Keeps every load from ending before its own bound, until the session is dropped.
 async fn hold_products(server: &DatabaseServer) -> Session {
     let mut session = server.session().await;
