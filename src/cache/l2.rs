@@ -35,8 +35,8 @@ if b ~= '' and fresh_until and now < fresh_until and above and (max_age < 0 or a
   return {'fresh', age, fresh_until - now, took, b}
 end
 local stale = want_stale == '1' and b or ''
--- 0: expired, or none; 1: merely old; 2: fresh, but too old for the reader.
-local state = fresh_until and above and (now < fresh_until and 2 or 1) or 0
+-- 0: expired, or none; 1: merely old; above: fresh for so long but 1 ms, and too old for the reader.
+local state = fresh_until and above and math.max(1, fresh_until - now + 1) or 0
 -- A lease taken more than a second in the future: the clock was set back since, and it would outlast its term.
 local given = tonumber(string.sub(v[5] or '', 1, 14)) or now
 if v[3] and now < tonumber(v[4]) and given <= now + 1000 then return {'leased', age, state, took, stale} end
@@ -85,12 +85,12 @@ pub(super) struct CachedCopy {
     pub(super) entry: entry::Entry,
     /// Since its load began.
     pub(super) age: Duration,
-    /// How long it is still fresh; zero for a stale one.
+    /// How long it is still fresh, though maybe too old for the reader; zero for a stale one.
     pub(super) left: Duration,
     /// How long its load took.
     pub(super) took: Duration,
-    /// A stale one that nobody expired.
-    pub(super) only_old: bool,
+    /// It was expired, and did not merely grow old.
+    pub(super) expired: bool,
 }
 
 /// What Redis says about a key.
@@ -327,7 +327,7 @@ fn fresh(key: &Key, reply: Value, now_ms: u64, wants: &impl Fn(u64, u64) -> bool
         age: Duration::from_millis(now_ms.saturating_sub(loaded_ms)),
         left: Duration::from_millis(left_ms),
         took: Duration::from_millis(took_ms),
-        only_old: false,
+        expired: false,
     })
 }
 
@@ -341,17 +341,17 @@ fn number(digits: &[u8]) -> Option<u64> {
 fn read(key: &Key, reply: Value) -> Option<Read> {
     let reply: Result<(String, u64, u64, u64, Vec<u8>), _> = redis::from_redis_value(reply);
     let Ok((state, age_ms, left_ms, took_ms, stored)) = reply else { return Some(Read::Unusable) };
-    let fresh = state == "fresh";
+    let left_ms = if state == "fresh" { left_ms + 1 } else { left_ms };
     let envelope = (stored.len() > TOOK.end).then(|| Bytes::from(stored).slice(TOOK.end..));
     let copy = envelope.and_then(|envelope| entry::decode(key, envelope)).map(|entry| CachedCopy {
         entry,
         age: Duration::from_millis(age_ms),
-        left: Duration::from_millis(if fresh { left_ms } else { 0 }),
+        left: Duration::from_millis(left_ms.saturating_sub(1)),
         took: Duration::from_millis(took_ms),
-        only_old: !fresh && left_ms > 0,
+        expired: left_ms == 0,
     });
     let held = match (left_ms, &copy) {
-        (2, _) => InRedis::TooOld,
+        (2.., _) => InRedis::TooOld,
         (1, _) | (_, Some(_)) => InRedis::Stale,
         (_, None) => InRedis::Absent,
     };

@@ -17,7 +17,7 @@ use super::{
     Entry, Failure, How, InRedis, Inner, Key, Level, Load,
     gate::Outcome,
     l2::{CachedCopy, Fill, Filled, L2, Read, StaleCopies, Token},
-    memory::{Guard, Moment, Purpose, Stored, Times, duration, span},
+    memory::{Flight, Guard, Moment, Purpose, Stored, Times, duration, span},
 };
 use crate::redis;
 
@@ -104,12 +104,17 @@ async fn leased(cache: &Inner, l2: &L2, flights: Vec<Pending>) -> Result<(Vec<Pe
 
 /// Ends a flight with what Redis holds, as of `sent`.
 fn land_copy(cache: &Inner, guard: Guard, copy: CachedCopy, sent: Moment) {
+    let stored = fresh_copy(cache, &guard.flight, &copy, sent);
+    guard.land(stored, How { redis: InRedis::Fresh { ttl_s: copy.left.as_secs() }, ..How::hit(Level::Redis) });
+}
+
+/// What Redis holds as fresh, as of `sent`.
+fn fresh_copy(cache: &Inner, flight: &Flight, copy: &CachedCopy, sent: Moment) -> Stored {
     // Redis counts whole milliseconds, so its entry is up to one older than it says.
     let born = sent - span(copy.age + Duration::from_millis(1));
     let fresh = copy.left.min(duration_of(&copy.entry, cache.config.l1_duration, cache));
     let times = Times { born, known: cache.memory.known(born, sent), fresh_until: sent.saturating_add(span(fresh)) };
-    let stored = guard.flight.brings(&copy.entry, times, copy.took);
-    guard.land(stored, How { redis: InRedis::Fresh { ttl_s: copy.left.as_secs() }, ..How::hit(Level::Redis) });
+    flight.brings(&copy.entry, times, copy.took)
 }
 
 async fn lease_and_load(cache: Arc<Inner>, flights: Vec<Pending>, load: Load) {
@@ -154,12 +159,16 @@ async fn read_or_lease(
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for ((mut pending, token), read) in flights.into_iter().zip(tokens).zip(reads) {
         let keep = |pending: &mut Pending, copy: Option<CachedCopy>| {
-            let Some(CachedCopy { entry, age, only_old, .. }) = copy else { return };
-            let stale = cache.memory.stale_copy(&entry, age, !only_old, &pending.guard.flight);
-            if only_old {
-                pending.guard.flight.offer(stale.clone());
+            let Some(copy) = copy else { return };
+            let flight = &pending.guard.flight;
+            let stored = match copy.left.is_zero() {
+                true => cache.memory.stale_copy(&copy.entry, copy.age, copy.expired, flight),
+                false => fresh_copy(cache, flight, &copy, sent), // and too old for whoever leads the flight alone
+            };
+            if !copy.expired {
+                flight.offer(stored.clone());
             }
-            pending.stale = Some(stale);
+            pending.stale = Some(stored);
         };
         match read {
             Read::Fresh(copy) => land_copy(cache, pending.guard, copy, sent),

@@ -208,6 +208,11 @@ impl Memory {
                 stored
             }
         };
+        let heard = self.heard_everywhere();
+        if self.is_fresh(&stored, now, heard) {
+            // Too old for whoever leads the flight, and for nobody else.
+            return Some(Answer { right_at: right_at(&stored, heard), stored, how: How::MEMORY, at: now });
+        }
         stored.slow.store(true, Ordering::Relaxed);
         stored.retry_at.store(now.saturating_add(self.throttle), Ordering::Relaxed);
         Some(Answer::stale(stored, Stale::DatabaseSlow, now))
@@ -238,13 +243,15 @@ impl Memory {
         stored.is_found() && now.saturating_sub(stored.born) < self.fail_safe_max
     }
 
-    /// The copy in memory, if it is still fresh; else the younger of it and `other`, if one may be served stale.
+    /// The copy in memory, if it is still fresh; else the younger of it and `other`, if one may be served stale. What is
+    /// known to be absent has none.
     pub(super) fn stale(&self, key: &Key, other: Option<Stored>) -> Option<Stored> {
-        let now = self.now();
+        let (now, heard) = (self.now(), self.heard_everywhere());
         let here = self.entries.peek(key);
+        let is_absent = here.as_ref().is_some_and(|here| !here.is_found() && self.is_fresh(here, now, heard));
         // `other` may be another copy of the same one.
-        let candidates = here.into_iter().chain(other).filter(|stored| self.may_serve_stale(stored, now));
-        let heard = self.heard_everywhere();
+        let candidates = here.into_iter().chain(other.filter(|_| !is_absent));
+        let candidates = candidates.filter(|stored| self.may_serve_stale(stored, now));
         candidates.max_by_key(|stored| (self.is_fresh(stored, now, heard), stored.born))
     }
 

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use product_cache::cache::{Entry, Failure, Key, Level, Load, Stale, entry::Body};
+use product_cache::cache::{Entry, Failure, How, Key, Level, Load, Stale, entry::Body};
 use redis::Value;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -151,6 +151,57 @@ async fn a_failed_load_of_what_is_fresh_leaves_it_fresh() {
         assert_eq!((value(&answer), answer.how().level, answer.how().stale), (Some(10), Level::Memory, None));
         assert!(answer.ttl_s() > 0);
     }
+}
+
+#[tokio::test]
+async fn a_failed_load_for_who_wants_a_younger_one_leaves_what_redis_holds_fresh() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    Node::hearing(&truth, &redis.url(), &[]).await.value(1).await;
+    let node = Node::hearing(&truth, &redis.url(), &[]).await;
+    truth.fail(true);
+    let asked = node.cache.get_or_load(&[key(1)], Some(Duration::ZERO), &node.load).await.remove(0).unwrap();
+    assert_eq!((value(&asked), asked.how().stale), (Some(10), Some(Stale::DatabaseFailed)));
+    let answer = node.read(1).await;
+    assert_eq!((value(&answer), answer.how().stale), (Some(10), None), "for all others");
+    assert!(answer.ttl_s() > 0);
+}
+
+#[tokio::test]
+async fn a_slow_load_for_who_wants_a_younger_one_leaves_what_redis_holds_fresh() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    Node::hearing(&truth, &redis.url(), &[]).await.value(1).await;
+    let node = Node::hearing(&truth, &redis.url(), &[("CACHE_SOFT_TIMEOUT_MS", "100")]).await;
+    truth.hold();
+    let (cache, load) = (node.cache.clone(), node.load.clone());
+    let young = tokio::spawn(async move { cache.get_or_load(&[key(1)], Some(Duration::ZERO), &load).await.remove(0) });
+    truth.begun(2).await;
+    let answer = timeout(PATIENCE, node.read(1)).await.expect("it does not wait for that load");
+    assert_eq!((value(&answer), answer.how().stale), (Some(10), None));
+    assert_eq!(node.read(1).await.how(), How::MEMORY);
+    truth.release();
+    assert_eq!(young.await.unwrap().unwrap().how().level, Level::Database);
+}
+
+#[tokio::test]
+async fn a_failed_load_does_not_bring_back_what_is_known_to_be_gone() {
+    const NAME: &str = "{product-cache}:thing:1";
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    Node::hearing(&truth, &redis.url(), &[]).await.value(1).await;
+    redis.command(&["RENAME", NAME, "kept"]).await;
+    let without = Truth::new(&[]);
+    let node = Node::hearing(&without, &redis.url(), &[]).await;
+    assert_eq!(node.value(1).await, None);
+    // As if Redis had not been told: it holds the product, which merely grew old.
+    redis.command(&["RENAME", "kept", NAME]).await;
+    redis.command(&["HSET", NAME, "f", "1"]).await;
+    without.fail(true);
+    let asked = node.cache.get_or_load(&[key(1)], Some(Duration::ZERO), &node.load).await.remove(0);
+    assert!(asked.is_err(), "{asked:?}");
+    let answer = node.read(1).await;
+    assert_eq!((value(&answer), answer.how()), (None, How::MEMORY));
 }
 
 #[tokio::test]

@@ -34,7 +34,7 @@ pub(in crate::cache) struct Flight {
     pub(in crate::cache) began: Moment,
     pub(in crate::cache) max_age: Option<Duration>,
     pub(in crate::cache) purpose: Purpose,
-    /// A copy from Redis that merely grew old, for readers whose patience ends.
+    /// A copy from Redis that nobody expired, for readers whose patience ends.
     pub(super) old: OnceLock<Stored>,
     pub(super) epoch: u64,
     pub(super) overtaken: AtomicBool,
@@ -59,7 +59,7 @@ impl Flight {
         Stored::new(life, entry)
     }
 
-    /// Offers a copy that merely grew old to readers whose patience ends.
+    /// Offers a copy that nobody expired to readers whose patience ends.
     pub(in crate::cache) fn offer(&self, old: Stored) {
         let _ = self.old.set(old);
     }
