@@ -148,7 +148,7 @@ async fn run(config: Config) -> ExitCode {
         () = cut_short => stopping_since.set(None),
     }
     if !http.drain.is_zero() && stopping_since.get().is_some_and(|since| since.elapsed() >= http.drain) {
-        tracing::warn!(seconds = http.drain.as_secs(), "requests that were still in flight are cut off");
+        tracing::warn!(seconds = http.drain.as_secs(), "requests that were still in flight, if any, are cut off");
     }
     drop(tasks);
     app.settle().await;

@@ -213,7 +213,7 @@ async fn a_second_signal_ends_it_at_once_and_what_a_drain_cuts_off_is_told() {
     use tokio::io::AsyncWriteExt;
     let redis = RedisServer::start().await;
     for (drain, told) in
-        [(300, "again: requests in flight are cut off"), (1, "requests that were still in flight are cut off")]
+        [(300, "again: requests in flight are cut off"), (1, "requests that were still in flight, if any, are cut off")]
     {
         let settings = start().env("HTTP_DRAIN_S", drain).env("Redis", redis.url()).env("FEED_INTERVAL_MS", 0);
         let mut instance = settings.up().await;

@@ -343,11 +343,13 @@ async fn fail_all(cache: &Arc<Inner>, flights: Vec<(Pending, Failure)>) {
     give_back(cache, leases, asked_for).await;
 }
 
-/// Gives leases back of which no fill will come, once their readers have their answers; those that were only `asked_for`
-/// as soon as Redis answers again, as it may give them even then.
-async fn give_back(cache: &Inner, leases: Vec<(Key, Token)>, asked_for: Vec<(Key, Token)>) {
+/// Gives leases back of which no fill will come, once their readers have their answers. If Redis does not take them, and if
+/// they were only `asked_for`: as soon as it answers again, as it may give them even then.
+async fn give_back(cache: &Inner, leases: Vec<(Key, Token)>, mut asked_for: Vec<(Key, Token)>) {
     let Some(remote) = &cache.remote else { return };
-    let _ = remote.l2.release(&leases).await;
+    if remote.l2.release(&leases).await.is_err() {
+        asked_for.extend(leases);
+    }
     let when_it_answers = async {
         let mut pause = AFTER_STALL;
         while remote.l2.release(&asked_for).await.is_err() {

@@ -54,7 +54,7 @@ const EMBEDDED: &str = "embedded";
 ///
 /// The name matters, because App Service writes the type that a connection string was given there in front of it.
 pub(super) fn parse(name: &str, text: &str) -> Result<Source, Vec<String>> {
-    if text.is_empty() || text == EMBEDDED {
+    if text.is_empty() || text.eq_ignore_ascii_case(EMBEDDED) {
         return Ok(Source::Embedded);
     }
     // A colon before any sign: a scheme, ours or another's. No keyword has one.

@@ -30,7 +30,7 @@ pub use self::{
     server::{Login, Server, Tls},
     settings::{Kind, SETTINGS, Setting},
 };
-use self::{process::port_name, reader::Reader};
+use self::{process::port_name, reader::Reader, settings::MOST_WORKERS};
 pub(crate) use self::{process::read_json, server::is_local, settings::LARGEST_SHARE};
 
 /// Who started the process.
@@ -270,7 +270,7 @@ impl Config {
                 port: read.port(host_port),
                 route_prefix: read.route_prefix(),
                 workers: match read.number("HTTP_WORKERS") {
-                    0 => std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
+                    0 => std::thread::available_parallelism().map_or(1, NonZeroUsize::get).min(MOST_WORKERS),
                     workers => workers as usize,
                 },
                 cache_control: read.header_value("HTTP_CACHE_CONTROL"),

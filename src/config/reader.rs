@@ -65,6 +65,10 @@ impl Reader<'_> {
         }
     }
 
+    fn is_on(&mut self, name: &str) -> bool {
+        self.text(name).eq_ignore_ascii_case("on")
+    }
+
     pub(super) fn seconds(&mut self, name: &str) -> Duration {
         Duration::from_secs(self.number(name))
     }
@@ -104,10 +108,9 @@ impl Reader<'_> {
     pub(super) fn redis(&mut self) -> Option<Redis> {
         let (name, text) = self.connection_string("Redis", REDIS_PREFIXES);
         // All of them are read where there is no Redis too, so that what is wrong with them is told.
-        let frugal = self.text("REDIS_FRUGAL").eq_ignore_ascii_case("on");
+        let frugal = self.is_on("REDIS_FRUGAL");
         let (pool_size, poll) = (self.number("REDIS_POOL_SIZE") as usize, self.millis("REDIS_FRUGAL_POLL_MS"));
-        let (entra, allow_unencrypted) =
-            (self.entra_id(), self.text("REDIS_ALLOW_UNENCRYPTED").eq_ignore_ascii_case("on"));
+        let (entra, allow_unencrypted) = (self.entra_id(), self.is_on("REDIS_ALLOW_UNENCRYPTED"));
         let ca_file = Some(self.text("REDIS_CA_FILE")).filter(|file| !file.is_empty()).map(PathBuf::from);
         let prefix = self.text("REDIS_PREFIX");
         if prefix.chars().any(|c| c.is_whitespace() || c.is_control() || "{}".contains(c)) {
@@ -222,7 +225,7 @@ impl Reader<'_> {
             self.mistakes.extend(mistakes.into_iter().map(|mistake| format!("{name}: {mistake}")));
             Source::Embedded
         });
-        let allowed = self.text("DATABASE_ALLOW_UNVERIFIED").eq_ignore_ascii_case("on");
+        let allowed = self.is_on("DATABASE_ALLOW_UNVERIFIED");
         if let Some(server) = source.server().filter(|server| !allowed && !server.is_local()) {
             let lacking = match server.tls {
                 Tls::Off => "would not be encrypted",

@@ -33,6 +33,8 @@ pub(crate) const LARGEST_SHARE: u64 = 8;
 const DAY_S: u64 = 24 * 60 * 60;
 const MIB: u64 = 1024 * 1024;
 pub(super) const MOST_CONNECTIONS: u64 = 1000;
+/// What actix-server takes.
+pub(super) const MOST_WORKERS: usize = 512;
 
 const fn number(name: &'static str, default: &'static str, min: u64, max: u64, meaning: &'static str) -> Setting {
     Setting { name, default, kind: Kind::Number(min, max), meaning }
@@ -89,7 +91,7 @@ pub const SETTINGS: &[Setting] = &[
 
     number("MAX_INSTANCES", "", 1, 100_000, "Instances that the plan may start; empty: the platform's `WEBSITE_MAX_DYNAMIC_APPLICATION_SCALE_OUT`, if that is set."),
     number("HTTP_PORT", "7071", 0, 65_535, "Port of a standalone start, as with `func start`; 0: any free one. Under a Functions host the host's port is used."),
-    number("HTTP_WORKERS", "0", 0, 1024, "Threads that answer requests; 0: one per core."),
+    number("HTTP_WORKERS", "0", 0, MOST_WORKERS as u64, "Threads that answer requests; 0: one per core."),
     text("HTTP_CACHE_CONTROL", "private, no-cache", "`Cache-Control` of products. The default makes clients ask again each time, which an ETag makes cheap."),
     number("HTTP_DRAIN_S", "5", 0, 300, "How long SIGTERM waits for requests in flight; a second signal ends that. The Functions host on Azure sends none: it kills the handler."),
     number("REQUEST_TIMEOUT_MS", "10000", 100, 230_000, "Bound of a whole GET. What is not there by then is answered with its last known copy, else 503; the platform's own limit is 230 s."),

@@ -118,6 +118,13 @@ fn one_mistake_is_told_once_with_redis_and_without() {
 }
 
 #[test]
+fn no_more_threads_can_be_asked_for_than_the_server_takes() {
+    assert!(parse(&[("HTTP_WORKERS", "512")]).is_ok());
+    let error = parse(&[("HTTP_WORKERS", "513")]).expect_err("the server would panic").to_string();
+    assert!(error.contains("HTTP_WORKERS"), "{error}");
+}
+
+#[test]
 fn on_azure_the_sample_catalogue_must_be_asked_for() {
     let hosted = [("FUNCTIONS_CUSTOMHANDLER_PORT", "4001"), ("WEBSITE_SITE_NAME", "shop")];
     let error = parse(&hosted).expect_err("no database").to_string();

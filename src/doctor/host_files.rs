@@ -34,7 +34,7 @@ pub(super) fn examine(root: &Path, config: &Config) -> Vec<Finding> {
     };
     let mut findings = Vec::new();
     findings.extend(custom_handler(root, &host));
-    findings.extend(bundle(&host));
+    findings.push(bundle(&host));
     findings.extend(limits(&host, config));
     for route in ROUTES {
         findings.extend(function(root, route));
@@ -75,9 +75,8 @@ fn custom_handler(root: &Path, host: &Value) -> Vec<Finding> {
 }
 
 /// The SQL trigger is in the bundle's versions 4.13.2 and later (extensions.json of the bundle).
-fn bundle(host: &Value) -> Option<Finding> {
-    let range = at(host, &["extensionBundle", "version"]).and_then(Value::as_str);
-    Some(match range {
+fn bundle(host: &Value) -> Finding {
+    match at(host, &["extensionBundle", "version"]).and_then(Value::as_str) {
         None => Finding::fail(
             "host.json has no extensionBundle, so there is no SQL trigger",
             "add extensionBundle with version [4.*, 5.0.0)",
@@ -89,7 +88,7 @@ fn bundle(host: &Value) -> Option<Finding> {
             format!("extension bundle {range} is not one that InvalidateCache is known to work with"),
             "use [4.*, 5.0.0)",
         ),
-    })
+    }
 }
 
 fn limits(host: &Value, config: &Config) -> Vec<Finding> {

@@ -16,7 +16,7 @@ const RETRY_AFTER_S: u64 = 5;
 
 /// Why a request is not answered as asked, by what the caller can do about it.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(super) enum Error {
     /// Correct the request.
     #[error("{0}")]
     BadRequest(String),
@@ -74,7 +74,7 @@ impl Error {
     }
 
     /// The response; `invocation` is the host's id of the request.
-    pub fn response(&self, invocation: Option<&str>) -> HttpResponse {
+    pub(super) fn response(&self, invocation: Option<&str>) -> HttpResponse {
         #[derive(Serialize)]
         struct Problem<'a> {
             #[serde(rename = "type")]

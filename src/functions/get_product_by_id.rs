@@ -80,7 +80,9 @@ async fn load(app: &App, keys: &[Key], max_age: Option<Duration>) -> Vec<Result<
     match tokio::time::timeout(app.config.http.request_timeout, load).await {
         Ok(answers) => answers,
         Err(_) => {
-            tracing::error!(keys = keys.len(), "a request reached its deadline");
+            if let Some(unsaid) = app.late.next() {
+                tracing::error!(keys = keys.len(), unsaid, "a request reached its deadline");
+            }
             let late = || Failure::Unavailable("deadline".to_owned());
             let known = |key| app.cache.get(key, max_age, &app.load).or_else(|| app.cache.get_stale(key));
             keys.iter().map(|key| known(key).ok_or_else(late)).collect()

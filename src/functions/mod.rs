@@ -30,7 +30,7 @@ use futures_util::{
 };
 use tokio::{runtime::Handle, time::timeout};
 
-pub use self::error::Error;
+use self::error::Error;
 use self::status::{Counter, Counts};
 use crate::{
     background::{Task, keep_running},
@@ -58,6 +58,8 @@ pub struct App {
     foreground: Foreground,
     /// Requests to what is the host's.
     strangers: LogLimiter,
+    /// Requests that reached their deadline.
+    late: LogLimiter,
     started: Instant,
 }
 
@@ -84,6 +86,7 @@ impl App {
             background: background.clone(),
             foreground,
             strangers: LogLimiter::default(),
+            late: LogLimiter::default(),
             started: Instant::now(),
             config,
             database,
