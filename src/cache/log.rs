@@ -264,15 +264,18 @@ impl Log {
         Ok(false)
     }
 
-    /// Asks on the log's connection, which may take `block` longer than usual, and before that for the time, if wanted.
+    /// Asks on the log's connection, which may take `block` longer than usual, and before that for the time, if wanted:
+    /// about once a second, when a Redis that takes no writes is found out, too.
     async fn ask<T: FromRedisValue>(
         &self,
         command: Cmd,
         block: Duration,
         want_time: bool,
     ) -> Result<(T, Option<u64>), Error> {
-        let commands = want_time.then(|| redis::cmd("TIME")).into_iter().chain([command]).collect();
-        let mut replies = self.redis.send_on_log(commands, block).await?;
+        let mut replies = match want_time {
+            true => self.redis.send_on_log_if_it_takes_writes([redis::cmd("TIME"), command], block).await?,
+            false => self.redis.send_on_log(vec![command], block).await?,
+        };
         let reply = replies.pop().ok_or_else(|| malformed("no reply"))??;
         let time = replies.pop().and_then(Result::ok).and_then(|time| redis::from_redis_value::<(u64, u64)>(time).ok());
         let reply = redis::from_redis_value(reply).map_err(RedisError::from)?;

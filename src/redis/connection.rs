@@ -239,11 +239,12 @@ fn is_answer(error: &RedisError) -> bool {
     matches!(error.kind(), ErrorKind::Server(_) | ErrorKind::Extension)
 }
 
-/// Whether an answer shows a server that cannot serve us now: demoted to a replica, loading its data, no longer the
-/// owner of our slot, in a cluster that has lost too much, or one that has forgotten who we are.
-fn is_wrong_server(error: &RedisError) -> bool {
+/// Whether an answer shows a server that cannot serve us now: demoted to a replica, without the replicas or the disk
+/// that it must have to take writes, loading its data, no longer the owner of our slot, in a cluster that has lost too
+/// much, or one that has forgotten who we are.
+pub(super) fn is_wrong_server(error: &RedisError) -> bool {
     matches!(error.code(), Some("MASTERDOWN" | "LOADING" | "MOVED" | "CLUSTERDOWN" | "NOAUTH"))
-        || has(error, "READONLY")
+        || ["READONLY", "NOREPLICAS", "MISCONF"].iter().any(|code| has(error, code))
 }
 
 /// Whether the server answered with this code, to a command or from within a script.

@@ -31,7 +31,7 @@ pub(crate) use self::examine::examine;
 pub(crate) use self::script::Script;
 use self::{
     ask::AskRedirect,
-    connection::{Line, Live, Losses, Sent, has, keep, pipeline, these},
+    connection::{Line, Live, Losses, Sent, has, is_wrong_server, keep, pipeline, these},
     nodes::{Nodes, ask_sentinels},
     script::is_missing_script,
 };
@@ -69,6 +69,8 @@ struct Inner {
     shared: Vec<Arc<Line>>,
     log: Arc<Line>,
     next: AtomicUsize,
+    /// A write that changes nothing.
+    probe: Cmd,
     response_timeout: Duration,
     _keepers: Vec<Task>,
 }
@@ -110,10 +112,8 @@ impl Redis {
             let pool = pool.clone();
             keepers.push(keep_running(background, "redis sentinels", move || ask_sentinels(pool.clone())));
         }
-        let response_timeout = config.response_timeout;
-        Ok(Self {
-            inner: Arc::new(Inner { shared, log, next: AtomicUsize::new(0), response_timeout, _keepers: keepers }),
-        })
+        let (next, probe, response_timeout) = (AtomicUsize::new(0), pool.manager().probe(), config.response_timeout);
+        Ok(Self { inner: Arc::new(Inner { shared, log, next, probe, response_timeout, _keepers: keepers }) })
     }
 
     /// Sends commands in one round trip over a shared connection and returns each one's own result.
@@ -188,6 +188,21 @@ impl Redis {
     ) -> Result<Vec<RedisResult<Value>>, Error> {
         let live = self.inner.log.live().await.ok_or(Error::Disconnected)?;
         Ok(live.send(&pipeline(commands), None, Some(patience + self.inner.response_timeout)).await?.replies)
+    }
+
+    /// The same, and before them a write that changes nothing. Fails if that shows a server that takes no writes: nobody
+    /// can tell it of an expiry, so a log in which nothing comes says nothing.
+    pub(crate) async fn send_on_log_if_it_takes_writes(
+        &self,
+        commands: impl IntoIterator<Item = Cmd>,
+        patience: Duration,
+    ) -> Result<Vec<RedisResult<Value>>, Error> {
+        let commands = std::iter::once(self.inner.probe.clone()).chain(commands).collect();
+        let mut replies = self.send_on_log(commands, patience).await?.into_iter();
+        match replies.next() {
+            Some(Err(error)) if is_wrong_server(&error) => Err(error.into()),
+            _ => Ok(replies.collect()),
+        }
     }
 
     /// Waits until the log's connection is up.

@@ -454,3 +454,42 @@ async fn what_cannot_be_heard_of_is_trusted_from_the_moment_its_row_was_read() {
     sleep(Duration::from_millis(1500)).await;
     assert_eq!(node.value(1).await, Some(11));
 }
+
+/// Whoever expired something was refused and queued it; the others heard a quiet log, and trusted memory and Redis for as
+/// long as entries last.
+#[tokio::test]
+async fn a_redis_that_answers_reads_and_refuses_writes_is_not_heard() {
+    let redis = RedisServer::start_with(&["--save", "3600 100000"]).await;
+    let dir: (String, String) = redis::from_redis_value(redis.command(&["CONFIG", "GET", "dir"]).await).unwrap();
+    let in_the_way = std::path::Path::new(&dir.1).join("dump.rdb");
+    let truth = Truth::new(&[(1, 10)]);
+    let settings = [("CACHE_UNHEARD_MAX_S", "3")];
+    let a = Node::hearing(&truth, &redis.url(), &settings).await;
+    let b = Node::hearing(&truth, &redis.url(), &settings).await;
+    for (new, code) in [(11, "NOREPLICAS"), (12, "MISCONF")] {
+        a.value(1).await;
+        b.value(1).await;
+        if code == "NOREPLICAS" {
+            redis.command(&["CONFIG", "SET", "min-replicas-to-write", "1"]).await;
+        } else {
+            std::fs::create_dir(&in_the_way).unwrap();
+            redis.command(&["BGSAVE"]).await;
+        }
+        eventually("writes are refused", async || redis.try_command(&["SET", "other", "1"]).await.err()).await;
+        truth.set(1, new);
+        a.cache.expire(&[key(1)], Duration::from_millis(300)).await.expect_err("nobody can be told");
+        eventually("the other no longer trusts its memory", async || (b.value(1).await == Some(new)).then_some(()))
+            .await;
+        assert_eq!(a.cache.status().expiries_queued, 1, "{code}");
+        redis.command(&["CONFIG", "SET", "min-replicas-to-write", "0"]).await;
+        if code == "MISCONF" {
+            redis.command(&["CONFIG", "SET", "stop-writes-on-bgsave-error", "no"]).await;
+        }
+        eventually("it is told", async || a.cache.owes_nothing().then_some(())).await;
+        for node in [&a, &b] {
+            let unheard = || node.cache.status().log_unheard_for.unwrap();
+            eventually("the log is heard", async || (unheard() < Duration::from_secs(2)).then_some(())).await;
+            assert_eq!(node.value(1).await, Some(new), "{code}");
+        }
+    }
+}

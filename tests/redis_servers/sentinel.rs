@@ -162,3 +162,24 @@ async fn of_two_primaries_one_is_used_by_all_connections() {
     .await;
     node.until_it_hears().await;
 }
+
+/// It was kept for as long as it answered reads, by an instance that had nothing to tell.
+#[tokio::test]
+async fn of_two_servers_one_that_refuses_writes_is_left_for_the_other() {
+    let servers = [RedisServer::start().await, RedisServer::start().await];
+    let [first, second] = &servers;
+    let string = format!("127.0.0.1:{},127.0.0.1:{}", first.port, second.port);
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::hearing(&truth, &string, &[]).await;
+    node.value(1).await;
+    eventually("all are at the first", async || (first.clients().await == 3).then_some(())).await;
+    first.command(&["CONFIG", "SET", "min-replicas-to-write", "1"]).await;
+    eventually("all are at the second", async || {
+        assert_eq!(node.value(1).await, Some(10));
+        (first.clients().await == 0 && second.clients().await == 3).then_some(())
+    })
+    .await;
+    node.until_it_hears().await;
+    truth.set(1, 11);
+    node.cache.expire(&[key(1)], BUDGET).await.expect("told");
+}
