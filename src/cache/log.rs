@@ -31,8 +31,11 @@ use crate::{
     redis::{Error, Redis, Script},
 };
 
-/// Appends a notice; `ARGV`: author, keys, largest length, largest age in milliseconds, the generation its author knows.
+/// Appends a notice; `ARGV`: author, keys, largest length, largest age in milliseconds, the generation its author knows,
+/// and in a full Redis how many notices are to stay.
 const APPEND: &str = r"
+-- A script that has written once is refused nothing more, and this write needs no memory.
+if ARGV[6] then redis.call('XTRIM', KEYS[1], 'MAXLEN', '~', ARGV[6]) end
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
 local before, floor, generation, by = '0-0'
 if last then
@@ -65,6 +68,8 @@ const PAUSE: Duration = Duration::from_millis(1);
 const PAGE: usize = 200;
 /// Notices older than this are trimmed: nobody's memory stays fresh that long without hearing them.
 const MAX_AGE: Duration = Duration::from_secs(24 * 60 * 60);
+/// Notices that stay when Redis has no memory left: the log may be what fills it. Who is further behind has missed some.
+const KEPT_WHEN_FULL: u64 = 1_000;
 /// The field of a notice.
 const FIELD: &str = "n";
 /// Stands for every key.
@@ -206,8 +211,11 @@ impl Log {
         };
         let mut call = self.append.call(&self.name);
         call.arg(&self.author).arg(keys).arg(self.max_length).arg(MAX_AGE.as_millis() as u64).arg(known.generation);
+        let when_full = |call: &mut Cmd| {
+            call.arg(self.max_length.min(KEPT_WHEN_FULL));
+        };
         // In this order, so nobody hears of a key that is still fresh in Redis.
-        let mut replies = self.redis.send_in_order(before, &self.append, call).await?;
+        let mut replies = self.redis.send_in_order(before, &self.append, call, when_full).await?;
         let appended = replies.pop().ok_or_else(|| malformed("no reply"))??;
         for reply in replies {
             reply?;

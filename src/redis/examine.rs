@@ -170,7 +170,7 @@ async fn limits(connection: &mut MultiplexedConnection, budget: Budget) -> Vec<F
     if bound > 0 {
         findings.push(match policy {
             "noeviction" => Finding::warn(
-                "when its memory is full, Redis refuses whatever is new (noeviction): expiries fail until there is room",
+                "when its memory is full, Redis refuses whatever is new (noeviction): nothing that is loaded is shared until there is room",
                 "set the eviction policy to volatile-lru",
             ),
             policy if policy.starts_with("allkeys") => Finding::warn(

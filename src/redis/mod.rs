@@ -130,18 +130,24 @@ impl Redis {
     }
 
     /// Sends commands and then a script's call, in one round trip. Whoever sees what the call did sees what the
-    /// commands did: if any of them was carried out elsewhere, and so maybe later, the call is repeated.
+    /// commands did: if any of them was carried out elsewhere, and so maybe later, the call is repeated. So it is, as
+    /// `when_full` changes it, where Redis has no memory for it.
     pub(crate) async fn send_in_order(
         &self,
         before: Vec<Cmd>,
         script: &Script,
         call: Cmd,
+        when_full: impl FnOnce(&mut Cmd),
     ) -> Result<Vec<RedisResult<Value>>, Error> {
         let last = before.len();
-        let again = call.clone();
+        let mut again = call.clone();
         let live = self.live().await?;
         let mut sent = run(&live, script, &pipeline(before.into_iter().chain([call]))).await?;
-        if sent.redirected.iter().any(|index| *index < last) {
+        let is_full = matches!(sent.replies.last(), Some(Err(error)) if has(error, "OOM"));
+        if is_full {
+            when_full(&mut again);
+        }
+        if is_full || sent.redirected.iter().any(|index| *index < last) {
             sent.replies.truncate(last);
             sent.replies.append(&mut run(&live, script, &pipeline([again])).await?.replies);
         }

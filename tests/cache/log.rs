@@ -278,6 +278,33 @@ async fn an_own_notice_that_redis_lost_before_anybody_heard_it_is_answered() {
     }
 }
 
+/// The notice was refused, though there is room for it as soon as the log is trimmed; and nobody else trims it.
+#[tokio::test]
+async fn a_full_redis_takes_notices_all_the_same_and_its_log_grows_no_further() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&[(1, 10)]);
+    let a = Node::hearing(&truth, &redis.url(), &[]).await;
+    let b = Node::hearing(&truth, &redis.url(), &[]).await;
+    let add = "for i = 1, 5000 do redis.call('XADD', KEYS[1], i .. '-1', 'n', '0-0 - 0 0 nobody product:2') end";
+    for (new, log) in [(11, "as it is"), (12, "long"), (13, "none yet")] {
+        if log != "as it is" {
+            redis.command(&["CONFIG", "SET", "maxmemory", "0"]).await;
+            redis.command(&["DEL", LOG]).await;
+            if log == "long" {
+                redis.command(&["EVAL", add, "1", LOG]).await;
+            }
+        }
+        redis.command(&["CONFIG", "SET", "maxmemory-policy", "volatile-lru", "maxmemory", "1"]).await;
+        a.value(1).await;
+        b.value(1).await;
+        truth.set(1, new);
+        a.cache.expire(&[key(1)], BUDGET).await.unwrap();
+        eventually("the other hears it", async || (b.value(1).await == Some(new)).then_some(())).await;
+        let Value::Int(left) = redis.command(&["XLEN", LOG]).await else { panic!("no length") };
+        assert!((1..=1100).contains(&left), "{log}: {left} notices");
+    }
+}
+
 /// The author's reader of the log is with the new primary already; its expiry, and the answer to that, are with the old one.
 #[tokio::test]
 async fn an_own_notice_acknowledged_by_an_old_primary_after_the_new_one_was_heard_is_answered() {
