@@ -47,7 +47,11 @@ pub(super) async fn listen(cache: Arc<Inner>) {
     let limiter = LogLimiter::default();
     let (mut deaf, mut lowered) = (false, None::<Instant>);
     loop {
-        remote.redis.log_connected().await;
+        if timeout(cache.config.unheard_max, remote.redis.log_connected()).await.is_err() {
+            deaf = true;
+            tracing::warn!("redis: the log has no connection; memory is not trusted any more");
+            remote.redis.log_connected().await;
+        }
         let sent = cache.memory.now();
         let heard = match reader.read(cache.clock.is_due(sent), cache.floor()).await {
             Ok(heard) => heard,

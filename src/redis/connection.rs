@@ -6,7 +6,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -39,6 +39,8 @@ const ASIDE: Duration = Duration::from_secs(5);
 #[derive(Default)]
 pub(super) struct Line {
     state: watch::Sender<State>,
+    /// Whether the logs say that it is down.
+    told_down: AtomicBool,
 }
 
 #[derive(Default)]
@@ -66,8 +68,8 @@ pub(super) struct Live {
 #[derive(Default)]
 pub(super) struct Losses {
     count: watch::Sender<u64>,
-    /// Whether the log was told of one, and of no connection since.
-    told: AtomicBool,
+    /// Lines that the logs say are down.
+    told_down: AtomicUsize,
 }
 
 /// What came back.
@@ -100,6 +102,18 @@ impl Line {
 
     fn is_new(&self) -> bool {
         matches!(*self.state.borrow(), State::NeverTried)
+    }
+
+    /// The logs say that it is down.
+    fn was_told_down(&self, losses: &Losses) {
+        if !self.told_down.swap(true, Ordering::AcqRel) {
+            losses.told_down.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+
+    /// It is up; whether that leaves none of which the logs say that it is down, and there was one.
+    fn ends_outage(&self, losses: &Losses) -> bool {
+        self.told_down.swap(false, Ordering::AcqRel) && losses.told_down.fetch_sub(1, Ordering::AcqRel) == 1
     }
 }
 
@@ -279,7 +293,7 @@ pub(super) async fn keep(
         let lost_meanwhile = losses.count.subscribe();
         match served_by.run(connecting).await {
             Ok(found) => {
-                match losses.told.swap(false, Ordering::AcqRel) {
+                match line.ends_outage(&losses) {
                     true => tracing::info!(node = found.id, "redis: connected again"),
                     false => tracing::debug!(node = found.id, "redis: connected"),
                 }
@@ -300,13 +314,13 @@ pub(super) async fn keep(
                 // Whoever has sent something still gets the answer.
                 drop(Object::take(found));
                 tracing::warn!("redis: connection lost, connecting anew");
-                losses.told.store(true, Ordering::Release);
+                line.was_told_down(&losses);
                 losses.count.send_modify(|count| *count += 1);
             }
             Err(error) => {
                 if line.is_new() {
                     tracing::warn!(%error, "redis: cannot connect, trying on; reads go to the database");
-                    losses.told.store(true, Ordering::Release);
+                    line.was_told_down(&losses);
                 }
                 line.state.send_replace(State::Down);
             }

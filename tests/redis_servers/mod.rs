@@ -20,7 +20,7 @@ use crate::support::{
     eventually, free_port,
     instance::{hears, start},
     node::{BUDGET, Node, Truth, key},
-    proxy::Proxy,
+    proxy::{Fault, Link, Proxy},
     redis::RedisServer,
 };
 
@@ -207,4 +207,50 @@ async fn a_server_that_dies_while_nobody_asks_it_is_missed_and_its_return_is_sai
     let all_are_up = async || connected().await && hears(&instance.status().await) && server.clients().await == 3;
     eventually("all are up", async || all_are_up().await.then_some(())).await;
     assert_eq!(said(), 1);
+}
+
+/// The first connection to come back said that it was over, and the others had nothing more to say.
+#[tokio::test]
+async fn an_outage_is_over_when_every_connection_is_back() {
+    let server = RedisServer::start().await;
+    let mut own = redis::Client::open(server.url()).unwrap().get_multiplexed_async_connection().await.unwrap();
+    let mut ask = async |words: &[&str]| {
+        let mut command = redis::Cmd::new();
+        command.arg(words).query_async::<redis::Value>(&mut own).await.unwrap()
+    };
+    let instance = start().env("Redis", server.url()).up().await;
+    eventually("all are up", async || (server.clients().await == 1 + 3).then_some(())).await;
+    ask(&["CONFIG", "SET", "maxclients", "3"]).await;
+    ask(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]).await;
+    eventually("two are back", async || {
+        let list: String = redis::from_redis_value(ask(&["CLIENT", "LIST"]).await).unwrap();
+        (list.lines().count() == 3).then_some(())
+    })
+    .await;
+    sleep(Duration::from_millis(500)).await; // the third has tried
+    let said = || instance.stdout.text().matches("redis: connected again").count();
+    assert_eq!(said(), 0, "{}", instance.stderr.text());
+    ask(&["CONFIG", "SET", "maxclients", "100"]).await;
+    instance.stdout.wait_for("redis: connected again").await;
+    eventually("all are up", async || (server.clients().await == 1 + 3).then_some(())).await;
+    assert_eq!(said(), 1);
+}
+
+/// While its connection could not be made again, whoever listened waited without a word.
+#[tokio::test]
+async fn that_the_log_has_no_connection_is_said_when_memory_is_no_longer_trusted() {
+    let server = RedisServer::start().await;
+    let proxy = Proxy::start(server.port).await;
+    let instance = start().env("Redis", proxy.redis_url()).env("CACHE_UNHEARD_MAX_S", 3).up().await;
+    eventually("all are up", async || (server.clients().await == 3).then_some(())).await;
+    proxy.lead_to(1); // nobody listens there
+    proxy.set_on(Link::Log, Fault::Refuse);
+    eventually("the log's is lost", async || (server.clients().await == 2).then_some(())).await;
+    proxy.set(Fault::None);
+    instance.stderr.wait_for("redis: the log has no connection").await;
+    sleep(Duration::from_secs(4)).await; // again as long
+    assert_eq!(instance.stderr.text().matches("redis: the log has no connection").count(), 1);
+    assert_eq!(instance.status().await["redis"]["connected"], true, "the others are whole");
+    proxy.lead_to(server.port);
+    instance.stdout.wait_for("the invalidation log is heard again").await;
 }
