@@ -15,6 +15,7 @@ use super::{InRedis, Key, entry, log::Floor};
 use crate::{
     config,
     redis::{Error, Redis, Script},
+    telemetry::LogLimiter,
 };
 
 /// Fresh → the envelope. Leased by somebody → wait. Else the lease is the caller's. One round trip, atomic.
@@ -140,6 +141,7 @@ pub(super) struct L2 {
     read_or_lease: Script,
     fill: Script,
     release: Script,
+    refusals: LogLimiter,
 }
 
 impl L2 {
@@ -151,6 +153,7 @@ impl L2 {
             read_or_lease: Script::new(READ_OR_LEASE),
             fill: Script::new(FILL),
             release: Script::new(RELEASE),
+            refusals: LogLimiter::default(),
         }
     }
 
@@ -170,13 +173,14 @@ impl L2 {
             let young = max_age.is_none_or(|max_age| u128::from(age_ms) < max_age.as_millis());
             young && now_ms - age_ms > floor.ms && generation >= floor.generation
         };
-        Ok(keys.iter().zip(replies).map(|(key, reply)| fresh(key, reply.ok()?, now_ms, &wants)).collect())
+        Ok(keys.iter().zip(replies).map(|(key, reply)| fresh(key, self.told(reply)?, now_ms, &wants)).collect())
     }
 
     /// Which of these keys somebody is loading: a fill ends that. No body is sent, however often this is asked.
     pub(super) async fn leased(&self, keys: &[Key], now_ms: u64) -> Result<Vec<bool>, Error> {
         let replies = self.fields(keys, &["u"]).await?;
-        let until = |reply: RedisResult<Value>| number(&redis::from_redis_value::<(Vec<u8>,)>(reply.ok()?).ok()?.0);
+        let until =
+            |reply: RedisResult<Value>| number(&redis::from_redis_value::<(Vec<u8>,)>(self.told(reply)?).ok()?.0);
         Ok(replies.into_iter().map(|reply| until(reply).is_some_and(|until_ms| now_ms < until_ms)).collect())
     }
 
@@ -234,7 +238,7 @@ impl L2 {
         });
         let replies = self.redis.send_script(&self.read_or_lease, calls.collect()).await?;
         let replies = keys.iter().zip(replies);
-        Ok(replies.map(|(key, reply)| reply.map_or(Some(Read::Unusable), |reply| read(key, reply))).collect())
+        Ok(replies.map(|(key, reply)| self.told(reply).map_or(Some(Read::Unusable), |told| read(key, told))).collect())
     }
 
     /// Stores loaded entries in one round trip.
@@ -249,10 +253,10 @@ impl L2 {
             Err(_) => vec![Filled::Unknown; fills.len()],
             Ok(replies) => replies
                 .into_iter()
-                .map(|reply| match reply {
-                    Ok(Value::Int(1)) => Filled::Stored,
-                    Ok(_) => Filled::Revoked,
-                    Err(_) => Filled::Unknown,
+                .map(|reply| match self.told(reply) {
+                    Some(Value::Int(1)) => Filled::Stored,
+                    Some(_) => Filled::Revoked,
+                    None => Filled::Unknown,
                 })
                 .collect(),
         }
@@ -304,6 +308,20 @@ impl L2 {
 
     fn name(&self, key: &Key) -> String {
         self.config.key(key)
+    }
+
+    /// What Redis says. Reads go on without it, so that nobody else would tell of an error.
+    fn told(&self, reply: RedisResult<Value>) -> Option<Value> {
+        let error = match reply {
+            Ok(reply) => return Some(reply),
+            Err(error) => Error::from(error),
+        };
+        if !error.is_wrong_server()
+            && let Some(unsaid) = self.refusals.next()
+        {
+            tracing::warn!(%error, unsaid, "redis: refuses to read or store entries");
+        }
+        None
     }
 }
 

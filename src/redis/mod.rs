@@ -57,6 +57,11 @@ impl Error {
     pub(crate) fn is_wrong_type(&self) -> bool {
         matches!(self, Self::Failed(error) if has(error, "WRONGTYPE"))
     }
+
+    /// Whether the server says that another is to be asked, or none now: the connection's keeper has a word for that.
+    pub(crate) fn is_wrong_server(&self) -> bool {
+        matches!(self, Self::Failed(error) if is_wrong_server(error) || error.code() == Some("ASK"))
+    }
 }
 
 /// Cheap handle to the pool; clones share it.

@@ -254,3 +254,19 @@ async fn that_the_log_has_no_connection_is_said_when_memory_is_no_longer_trusted
     proxy.lead_to(server.port);
     instance.stdout.wait_for("the invalidation log is heard again").await;
 }
+
+/// All of L2 was gone without a word: reads, leases and fills are best effort.
+#[tokio::test]
+async fn a_redis_that_answers_with_errors_is_done_without_and_said_to() {
+    let server = RedisServer::start().await;
+    for (command, refused) in [("hmget", "a look"), ("hset", "a lease"), ("hdel", "a fill")] {
+        server.command(&["FLUSHALL"]).await;
+        server.command(&["ACL", "SETUSER", "app", "reset", "on", ">pw", "~*", "+@all", &format!("-{command}")]).await;
+        let string = format!("127.0.0.1:{},user=app,password=pw", server.port);
+        let instance = start().env("Redis", string).up().await;
+        assert_eq!(instance.product(680).await.status, 200, "{refused}");
+        instance.stderr.wait_for("redis: refuses to read or store entries").await;
+        let said = instance.stderr.text();
+        assert!(command != "hmget" || said.contains(command), "the look before the script: {said}");
+    }
+}
