@@ -26,8 +26,9 @@ use super::{
 };
 use crate::{config::Secret, foreground::Foreground};
 
-/// Answers that may be missing in a row before a connection counts as dead. One late answer is a hiccup; three are a
-/// stalled server or a half-open socket, which no error ever reports.
+/// Answers that may be missing in a row before a connection counts as dead, each to a command that was sent after the one
+/// before was missed. One late answer is a hiccup, and so are all that it holds up; three are a stalled server or a
+/// half-open socket, which no error ever reports.
 const TIMEOUTS_UNTIL_DEAD: u32 = 3;
 /// Pauses between two attempts to connect: short first, because restarts are quick; bounded, because hundreds of
 /// instances must not hammer a server that is coming back.
@@ -140,6 +141,7 @@ impl Live {
         if let Some(patience) = patience {
             connection.set_response_timeout(patience);
         }
+        let timeouts = self.timeouts.load(Ordering::Relaxed);
         let answered = match (commands.len(), commands.cmd_iter().next()) {
             // A pipeline of one would be packed and unpacked as a list.
             (1, Some(command)) => match command.query_async::<Value>(&mut connection).await {
@@ -164,7 +166,7 @@ impl Live {
             }
             Err(error) => {
                 let dead = match error.is_timeout() {
-                    true => self.timeouts.fetch_add(1, Ordering::Relaxed) + 1 >= TIMEOUTS_UNTIL_DEAD,
+                    true => self.is_dead_after(timeouts),
                     // Otherwise the stream is cut or out of step.
                     false => !is_answer(&error),
                 };
@@ -174,6 +176,14 @@ impl Live {
                 Err(error.into())
             }
         }
+    }
+
+    /// An answer is missing to a command that was sent when so many were. One that was missed since, or that came, says
+    /// more.
+    fn is_dead_after(&self, timeouts: u32) -> bool {
+        let next = timeouts + 1;
+        let is_next = self.timeouts.compare_exchange(timeouts, next, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        is_next && next >= TIMEOUTS_UNTIL_DEAD
     }
 
     /// Repeats what the node answered with `ASK` where it says, and puts the answers in their places. While a slot is on

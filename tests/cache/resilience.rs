@@ -2,14 +2,14 @@
 
 use std::{sync::Arc, time::Duration};
 
-use product_cache::cache::{Entry, Failure, How, Key, Level, Load, Stale, entry::Body};
+use product_cache::cache::{Entry, Failure, How, InRedis, Key, Level, Load, Stale, entry::Body};
 use redis::Value;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::support::{
     PATIENCE, eventually,
     node::{BUDGET, Node, Truth, ended, entry, key, value},
-    proxy::{Fault, Proxy},
+    proxy::{Fault, Link, Proxy},
     redis::RedisServer,
 };
 
@@ -249,6 +249,36 @@ async fn connections_are_as_many_as_the_settings_say_and_come_back_as_many() {
     eventually("as many as before", async || (redis.clients().await == 3).then_some(())).await;
     let _more = Node::hearing(&truth, &redis.url(), &[("REDIS_POOL_SIZE", "4")]).await;
     eventually("four and the log's", async || (redis.clients().await == 3 + 5).then_some(())).await;
+}
+
+/// Three commands that were caught in one pause counted as three answers missing in a row.
+#[tokio::test]
+async fn one_pause_of_redis_costs_no_connection_however_many_commands_it_holds_up() {
+    let redis = RedisServer::start().await;
+    let truth = Truth::new(&(1..=20).map(|id| (id, 1)).collect::<Vec<_>>());
+    let proxy = Proxy::start(redis.port).await;
+    let node = Node::hearing(&truth, &proxy.redis_url(), &[("REDIS_POOL_SIZE", "1")]).await;
+    let ids = async || {
+        let list: String = redis::from_redis_value(redis.command(&["CLIENT", "LIST"]).await).unwrap();
+        let handlers = list.lines().filter(|line| !line.contains("cmd=client|list"));
+        handlers.map(|line| line.split(' ').next().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let before = ids().await;
+    assert_eq!(before.len(), 2);
+    for id in [1, 11] {
+        proxy.set_on(Link::NotLog, Fault::Stall);
+        let reads: Vec<_> = (id..id + 10).map(|id| node.begin(id)).collect();
+        for read in reads {
+            assert_eq!(ended(read).await.unwrap().how().level, Level::Database);
+        }
+        proxy.set(Fault::None);
+        eventually("Redis is used", async || {
+            node.cache.expire(&[key(id)], BUDGET).await.unwrap();
+            (node.read(id).await.how().redis != InRedis::Unknown).then_some(())
+        })
+        .await;
+    }
+    assert_eq!(ids().await, before);
 }
 
 // ---- soft timeout -----------------------------------------------------------------------------------------------
