@@ -127,6 +127,25 @@ fn every_command_in_the_sources_is_among_the_documented_rights() {
     assert!(sent.is_empty(), "no right to send {sent:?}");
 }
 
+/// A right that the doctor does not try may be missing where it says that all is well.
+#[test]
+fn the_doctor_tries_every_documented_right_that_is_not_about_clusters() {
+    let doctor = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/src/redis/examine.rs")).unwrap();
+    let tries = |command: &str| match command {
+        "evalsha" => doctor.contains("script.call("),
+        "script|load" => doctor.contains("script.load()"),
+        command => ["&[\"", "call('"].iter().any(|before| {
+            let words = doctor.split(before).skip(1).filter_map(|rest| rest.split(['"', '\'']).next());
+            words.map(str::to_lowercase).any(|word| word == command)
+        }),
+    };
+    let needed = RIGHTS.split(' ').filter_map(|right| right.strip_prefix('+'));
+    let (known, untried): (Vec<_>, Vec<_>) = needed
+        .filter(|command| !command.starts_with("cluster|") && *command != "asking")
+        .partition(|command| tries(command));
+    assert!(untried.is_empty() && known.len() > 10, "not tried: {untried:?}");
+}
+
 #[tokio::test]
 async fn a_user_with_no_more_rights_than_documented_can_do_all_there_is_to_do() {
     let docs = include_str!("../../docs/redis.md");
