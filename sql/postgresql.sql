@@ -63,20 +63,30 @@ INSERT INTO product_change_pruned (transaction) VALUES ('0');
 -- Deletes what is older than the given age, ten thousand rows at most; one
 -- transaction at a time does, the others go on without. What is later than the
 -- oldest transaction still open stays: so a reader who has seen the present is
--- never taken for one who has missed something.
+-- never taken for one who has missed something. Transactions that are still to
+-- come are another server's, out of a dump of it: no reader stands before those.
 CREATE FUNCTION product_change_prune(age interval DEFAULT interval '2 days') RETURNS void
-LANGUAGE sql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+BEGIN
+  IF NOT pg_try_advisory_xact_lock(hashtext('product_change_prune')) THEN
+    RETURN;
+  END IF;
+  UPDATE product_change_pruned SET transaction = '0' WHERE transaction >= pg_snapshot_xmax(pg_current_snapshot());
   WITH pruned AS (
     DELETE FROM product_change WHERE version IN (
       SELECT version FROM product_change
-      WHERE changed_at < now() - age AND transaction < pg_snapshot_xmin(pg_current_snapshot())
-        AND pg_try_advisory_xact_lock(hashtext('product_change_prune'))
+      WHERE changed_at < now() - age
+        AND (transaction < pg_snapshot_xmin(pg_current_snapshot())
+          OR transaction >= pg_snapshot_xmax(pg_current_snapshot()))
       ORDER BY changed_at LIMIT 10000)
     RETURNING transaction)
   UPDATE product_change_pruned SET transaction = latest
-  FROM (SELECT transaction AS latest FROM pruned ORDER BY transaction DESC LIMIT 1) AS last
-  WHERE latest > product_change_pruned.transaction
-$$;
+  FROM (
+    SELECT transaction AS latest FROM pruned
+    WHERE transaction < pg_snapshot_xmax(pg_current_snapshot())
+    ORDER BY transaction DESC LIMIT 1) AS last
+  WHERE latest > product_change_pruned.transaction;
+END $$;
 REVOKE EXECUTE ON FUNCTION product_change_prune FROM PUBLIC;
 
 -- Runs as its owner, so that writers of products need no rights on the feed.

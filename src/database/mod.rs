@@ -244,6 +244,10 @@ impl Database {
         // To ask for the position alone touches nothing that the script makes, on some engines.
         let asked = async { self.changes_since(table, &self.latest_change(table).await?).await };
         let feed = match asked.await {
+            Ok(changes) if changes.overrun => Finding::fail(
+                "the change feed says at every look that everything may have changed",
+                "let Sql name one server, and no balancer before several; run the script for this engine in sql/",
+            ),
             Ok(_) => Finding::ok("what changes is tracked"),
             Err(error) => {
                 Finding::fail(error.to_string(), "run the script for this engine in sql/: it sees to change tracking")

@@ -110,17 +110,20 @@ impl Engine for Postgres {
             Ok(Changes { keys: Vec::new(), position: self.latest_change(table).await?, overrun: true, more: false })
         };
         let Some(mark) = Mark::read(position) else { return everything().await };
-        // One statement sees one snapshot; the left join gives a row even if nothing changed.
+        // One statement sees one snapshot; the left join gives a row even if nothing changed. Transactions still to come are
+        // another server's, out of a dump of it.
         let sql = format!(
             "WITH here AS MATERIALIZED (
                SELECT {origin} AS origin, pg_current_snapshot() AS now, coalesce($2::text::pg_snapshot, pg_current_snapshot()) AS upto,
                  $1::text::pg_snapshot AS seen, pruned.transaction AS pruned
                FROM {name}_change_pruned AS pruned)
-             SELECT origin, upto::text, pruned >= pg_snapshot_xmin(seen) AS overrun,
+             SELECT origin, upto::text,
+               pruned >= pg_snapshot_xmin(seen) AND pruned < pg_snapshot_xmax(now) AS overrun,
                pg_snapshot_xmax(seen) > pg_snapshot_xmax(now) AS ahead, version, {key} AS key
              FROM here LEFT JOIN LATERAL (
                SELECT version, {key} FROM {name}_change AS change
                WHERE change.transaction >= pg_snapshot_xmin(seen)
+                 AND change.transaction < pg_snapshot_xmax(upto)
                  AND NOT pg_visible_in_snapshot(change.transaction, seen)
                  AND pg_visible_in_snapshot(change.transaction, upto)
                  AND version > $3

@@ -348,6 +348,32 @@ async fn what_is_pruned_while_a_transaction_is_open_for_days_is_told_to_whoever_
     assert_eq!(reader.told().await, Some(vec![]));
 }
 
+/// A dump restored into another cluster brings along the other's transaction numbers. Where those were still to come, every
+/// look said that everything may have changed, for ever.
+#[tokio::test]
+async fn numbers_of_transactions_to_come_which_a_restored_dump_brings_along_are_no_changes() {
+    let server = DatabaseServer::start(Engine::Postgres).await;
+    server
+        .sql(
+            "UPDATE product_change_pruned SET transaction = '1000000000';
+             INSERT INTO product_change (transaction, ProductID, changed_at)
+             SELECT (1000000000 + n)::text::xid8, 708, now() - interval '1 day' FROM generate_series(1, 1000) AS n
+             UNION ALL SELECT '3', 709, now() - interval '1 day'",
+        )
+        .await;
+    let mut reader = Reader::new(&server).await;
+    let mut late = Reader::new(&server).await;
+    assert_eq!(reader.told().await, Some(vec![]));
+    server.sql(&rename(680)).await;
+    assert_eq!(reader.told().await, Some(vec![680]));
+    // They go as the others do, and hide from nobody what was deleted besides.
+    server.sql("SELECT product_change_prune(interval '0')").await;
+    assert_eq!(server.session().await.number("SELECT count(*) FROM product_change").await, 0);
+    assert_eq!(reader.told().await, Some(vec![]));
+    assert_eq!(late.told().await, None);
+    assert_eq!(late.told().await, Some(vec![]));
+}
+
 #[tokio::test]
 async fn a_position_that_the_server_would_refuse_is_not_asked_for_again_and_again() {
     let server = DatabaseServer::start(Engine::Postgres).await;
