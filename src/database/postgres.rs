@@ -111,33 +111,40 @@ impl Engine for Postgres {
         };
         let Some(mark) = Mark::read(position) else { return everything().await };
         // One statement sees one snapshot; the left join gives a row even if nothing changed. Transactions still to come are
-        // another server's, out of a dump of it.
+        // another server's, out of a dump of it. Bound, order and limit are those of one index, so that no plan reads the
+        // rest; and `here` is planned as one row, or the server would compile what takes no time.
         let sql = format!(
             "WITH here AS MATERIALIZED (
-               SELECT {origin} AS origin, pg_current_snapshot() AS now, coalesce($2::text::pg_snapshot, pg_current_snapshot()) AS upto,
-                 $1::text::pg_snapshot AS seen, pruned.transaction AS pruned
-               FROM {name}_change_pruned AS pruned)
+               SELECT {origin} AS origin, pg_current_snapshot() AS now,
+                 $1::text::pg_snapshot AS seen, coalesce($2::text::pg_snapshot, pg_current_snapshot()) AS upto,
+                 coalesce($3::text::xid8, pg_snapshot_xmin($1::text::pg_snapshot)) AS after,
+                 (SELECT transaction FROM {name}_change_pruned) AS pruned)
              SELECT origin, upto::text,
                pruned >= pg_snapshot_xmin(seen) AND pruned < pg_snapshot_xmax(now) AS overrun,
-               pg_snapshot_xmax(seen) > pg_snapshot_xmax(now) AS ahead, version, {key} AS key
+               pg_snapshot_xmax(seen) > pg_snapshot_xmax(now) AS ahead, transaction::text::int8, version, {key} AS key
              FROM here LEFT JOIN LATERAL (
-               SELECT version, {key} FROM {name}_change AS change
-               WHERE change.transaction >= pg_snapshot_xmin(seen)
+               SELECT transaction, version, {key} FROM {name}_change AS change
+               WHERE (change.transaction, change.version) > (after, $4)
                  AND change.transaction < pg_snapshot_xmax(upto)
                  AND NOT pg_visible_in_snapshot(change.transaction, seen)
                  AND pg_visible_in_snapshot(change.transaction, upto)
-                 AND version > $3
-               ORDER BY version LIMIT $4) AS change ON true
-             ORDER BY version",
+               ORDER BY change.transaction, change.version LIMIT $5) AS change ON true
+             ORDER BY change.transaction, change.version",
             origin = origin(table),
             name = table.name,
             key = table.key,
         );
         let page = mark.page.clone();
         let rows = self.pool.run(|connection| {
-            let (upto, after) = page.clone().map_or((None, i64::MIN), |(upto, after)| (Some(upto), after));
-            let query = sqlx::query(AssertSqlSafe(sql.clone())).bind(mark.seen.clone()).bind(upto).bind(after);
-            async move { query.bind(FEED_PAGE).fetch_all(connection).await.map_err(failure) }.boxed()
+            let (upto, transaction, version) = match page.clone() {
+                Some(Page { upto, after: (transaction, version) }) => {
+                    (Some(upto), Some(transaction.to_string()), version)
+                }
+                None => (None, None, i64::MIN),
+            };
+            let query = sqlx::query(AssertSqlSafe(sql.clone())).bind(mark.seen.clone()).bind(upto);
+            let query = query.bind(transaction).bind(version).bind(FEED_PAGE);
+            async move { query.fetch_all(connection).await.map_err(failure) }.boxed()
         });
         let rows = rows.await?;
         let read = || -> sqlx::Result<_> {
@@ -146,8 +153,9 @@ impl Engine for Postgres {
             let lost = head.try_get("overrun")? || head.try_get("ahead")?;
             let mut changes = Vec::with_capacity(rows.len());
             for row in &rows {
-                if let Some(version) = row.try_get::<Option<i64>, _>("version")? {
-                    changes.push((version, row.try_get::<Option<i32>, _>("key")?));
+                if let Some(transaction) = row.try_get::<Option<i64>, _>("transaction")? {
+                    let key: Option<i32> = row.try_get("key")?;
+                    changes.push(((transaction as u64, row.try_get("version")?), key));
                 }
             }
             Ok((origin, lost, upto, changes))
@@ -161,7 +169,7 @@ impl Engine for Postgres {
         // What was committed after the first page's snapshot is not in the last one.
         let more = is_full || mark.page.is_some();
         let position = match changes.last() {
-            Some((version, _)) if is_full => Mark { page: Some((upto, *version)), ..mark },
+            Some((after, _)) if is_full => Mark { page: Some(Page { upto, after: *after }), ..mark },
             _ => Mark { seen: upto, page: None, ..mark },
         };
         let mut keys: Vec<_> = changes.into_iter().filter_map(|(_, key)| key).map(i64::from).collect();
@@ -243,13 +251,19 @@ async fn listen_once(options: &PgConnectOptions, table: &'static Table, heard: &
     }
 }
 
-/// What a position says: the server it belongs to and the snapshot up to which everything was read; in the midst of
-/// many changes also the snapshot being read and the last version of it that was.
-#[derive(Clone)]
+/// What a position says: the server it belongs to, the snapshot up to which everything was read, and how far what came
+/// then was.
 struct Mark {
     origin: String,
     seen: String,
-    page: Option<(String, i64)>,
+    page: Option<Page>,
+}
+
+/// In the midst of many changes: the snapshot being read, and transaction and version of the last change that was.
+#[derive(Clone)]
+struct Page {
+    upto: String,
+    after: (u64, i64),
 }
 
 impl Mark {
@@ -257,7 +271,10 @@ impl Mark {
         let mut parts = position.0.split(' ');
         let (origin, seen) = (parts.next()?.to_owned(), parts.next()?.to_owned());
         let page = match (parts.next(), parts.next()) {
-            (Some(upto), Some(version)) if is_snapshot(upto) => Some((upto.to_owned(), version.parse().ok()?)),
+            (Some(upto), Some(after)) if is_snapshot(upto) => {
+                let (transaction, version) = after.split_once('/')?;
+                Some(Page { upto: upto.to_owned(), after: (transaction.parse().ok()?, version.parse().ok()?) })
+            }
             (None, _) => None,
             _ => return None,
         };
@@ -281,7 +298,7 @@ fn is_snapshot(text: &str) -> bool {
 
 impl From<Mark> for Position {
     fn from(Mark { origin, seen, page }: Mark) -> Self {
-        let page = page.map_or_else(String::new, |(upto, version)| format!(" {upto} {version}"));
+        let page = page.map_or_else(String::new, |Page { upto, after }| format!(" {upto} {}/{}", after.0, after.1));
         Self(format!("{origin} {seen}{page}"))
     }
 }

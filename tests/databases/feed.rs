@@ -13,6 +13,7 @@ use super::{database, for_every_engine, for_every_server};
 use crate::support::{
     PATIENCE,
     database::{DatabaseServer, Engine},
+    eventually,
 };
 
 for_every_engine![
@@ -384,6 +385,51 @@ async fn a_position_that_the_server_would_refuse_is_not_asked_for_again_and_agai
             Reader { database: database(&server.url(), &[]), position: format!("{origin} {snapshot}").into() };
         assert_eq!(reader.told().await, None, "{snapshot}");
         assert_eq!(reader.told().await, Some(vec![]), "{snapshot}");
+    }
+}
+
+/// The whole table was walked at every look, once it had enough rows, or a plan was kept that knows no positions.
+#[tokio::test]
+async fn what_a_look_reads_does_not_grow_with_what_is_kept() {
+    let server = DatabaseServer::start(Engine::Postgres).await;
+    server
+        .sql(
+            "DO $$ BEGIN FOR n IN 1..5000 LOOP
+               INSERT INTO product_change (ProductID) SELECT generate_series(680, 719);
+               COMMIT;
+             END LOOP; END $$",
+        )
+        .await;
+    server.sql("ANALYZE").await;
+    let read = "SELECT (SELECT sum(idx_tup_read) FROM pg_stat_user_indexes WHERE relname = 'product_change')::bigint
+                  + (SELECT seq_tup_read FROM pg_stat_user_tables WHERE relname = 'product_change')";
+    for plan in ["auto", "force_generic_plan"] {
+        server.sql(&format!("ALTER ROLE handler SET plan_cache_mode = {plan}")).await;
+        let before = server.session().await.number(read).await;
+        let one = [("DATABASE_MAX_CONNECTIONS", "1")];
+        let mut reader = Reader { database: database(&server.url(), &one), ..Reader::new(&server).await };
+        for _ in 0..10 {
+            server.sql(&rename(706)).await;
+            assert_eq!(reader.told().await, Some(vec![706]));
+        }
+        // A session has reported what it read when it ends.
+        reader.database.close().await;
+        eventually("it ends", async || (server.connections().await == 0).then_some(())).await;
+        let rows = server.session().await.number(read).await - before;
+        assert!((10..1000).contains(&rows), "{plan}: {rows} rows were read for ten changes");
+    }
+}
+
+#[tokio::test]
+async fn a_position_in_the_midst_of_pages_that_an_earlier_version_wrote_means_that_everything_may_have_changed() {
+    let server = DatabaseServer::start(Engine::Postgres).await;
+    let whole = Reader::new(&server).await.position.to_string();
+    let (_, snapshot) = whole.split_once(' ').unwrap();
+    for page in ["17", "9/", "/17", "9/x", "-9/17", "9/17/1"] {
+        let position = format!("{whole} {snapshot} {page}").into();
+        let mut reader = Reader { database: database(&server.url(), &[]), position };
+        assert_eq!(reader.told().await, None, "{page}");
+        assert_eq!(reader.told().await, Some(vec![]), "{page}");
     }
 }
 
