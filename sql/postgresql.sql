@@ -10,6 +10,12 @@
 -- fire no statement's trigger. Writers who use PREPARE TRANSACTION cannot notify:
 -- for them, leave out pg_notify; the feed is then read at its interval alone.
 --
+-- Old changes are deleted by those who write, in transactions that are READ
+-- COMMITTED. Where all writers ask for a stricter isolation, let the owner do it,
+-- by pg_cron or whatever runs things there:
+--
+--   SELECT cron.schedule('* * * * *', 'SELECT product_change_prune(most => 1000000)');
+--
 -- The handler's own login needs no more than this:
 --
 --   GRANT SELECT ON product, product_change, product_change_pruned TO handler;
@@ -60,12 +66,12 @@ CREATE TABLE product_change_pruned (
 );
 INSERT INTO product_change_pruned (transaction) VALUES ('0');
 
--- Deletes what is older than the given age, ten thousand rows at most; one
--- transaction at a time does, the others go on without. What is later than the
+-- Deletes what is older than the given age, as many rows at most as it is told;
+-- one transaction at a time does, the others go on without. What is later than the
 -- oldest transaction still open stays: so a reader who has seen the present is
 -- never taken for one who has missed something. Transactions that are still to
 -- come are another server's, out of a dump of it: no reader stands before those.
-CREATE FUNCTION product_change_prune(age interval DEFAULT interval '2 days') RETURNS void
+CREATE FUNCTION product_change_prune(age interval DEFAULT interval '2 days', most bigint DEFAULT 10000) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
 BEGIN
   IF NOT pg_try_advisory_xact_lock(hashtext('product_change_prune')) THEN
@@ -78,7 +84,7 @@ BEGIN
       WHERE changed_at < now() - age
         AND (transaction < pg_snapshot_xmin(pg_current_snapshot())
           OR transaction >= pg_snapshot_xmax(pg_current_snapshot()))
-      ORDER BY changed_at LIMIT 10000)
+      ORDER BY changed_at LIMIT most)
     RETURNING transaction)
   UPDATE product_change_pruned SET transaction = latest
   FROM (
@@ -92,6 +98,8 @@ REVOKE EXECUTE ON FUNCTION product_change_prune FROM PUBLIC;
 -- Runs as its owner, so that writers of products need no rights on the feed.
 CREATE FUNCTION product_changed() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $$
+DECLARE
+  written bigint;
 BEGIN
   IF TG_OP = 'TRUNCATE' THEN
     INSERT INTO product_change (ProductID) VALUES (NULL);
@@ -102,12 +110,14 @@ BEGIN
   ELSE
     INSERT INTO product_change (ProductID) SELECT ProductID FROM before;
   END IF;
-  IF FOUND THEN
+  GET DIAGNOSTICS written = ROW_COUNT;
+  IF written > 0 THEN
     -- Wakes whoever listens when the transaction commits.
     PERFORM pg_notify('product_change', '');
-    -- In a stricter isolation, two who prune would make one of the writers fail.
-    IF random() < 0.01 AND current_setting('transaction_isolation') = 'read committed' THEN
-      PERFORM product_change_prune();
+    -- On average more than is written, however much that is. In a stricter isolation,
+    -- two who prune would make one of the writers fail.
+    IF random() < 0.01 + written / 5000.0 AND current_setting('transaction_isolation') = 'read committed' THEN
+      PERFORM product_change_prune(most => greatest(10000, 2 * written));
     END IF;
   END IF;
   RETURN NULL;

@@ -187,11 +187,17 @@ async fn a_database_that_lacks_something_is_told_what() {
     assert_said(&report, "ok database: PostgreSQL");
     assert_said(&report, "ok database: what changes is tracked");
     assert_said(&report, "ok database: a row by its key takes");
+    assert!(!report.0.contains("\nwarn  database"), "{}", report.0);
     assert_said(
         &doctor(folder.path(), &[QUIET[0], ("Sql", &url), ("MAX_INSTANCES", "500")]).await,
         "FAIL and 500 may run",
     );
     assert_said(&doctor(folder.path(), &[QUIET[0], ("Sql", &url)]).await, "warn set MAX_INSTANCES");
+    let old = "INSERT INTO product_change (ProductID, changed_at)
+               SELECT 706, now() - interval '4 days' FROM generate_series(1, 10001)";
+    server.sql(old).await;
+    let report = doctor(folder.path(), &[QUIET[0], ("Sql", &url), ("MAX_INSTANCES", "5")]).await;
+    assert_said(&report, "warn database: more than 10000 changes are older than three days");
     server.sql("DROP TABLE product_change_pruned").await;
     let report = doctor(folder.path(), &[QUIET[0], ("Sql", &url), ("MAX_INSTANCES", "5")]).await;
     assert_said(&report, "FAIL database:");

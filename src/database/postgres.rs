@@ -34,6 +34,8 @@ use crate::{
 const BEGIN: Duration = Duration::from_secs(10);
 /// After as much silence a connection is replaced: one that was lost without a word would be silent for ever.
 const SILENCE: Duration = Duration::from_secs(300);
+/// As many changes may be left for long where few are written, as those who write delete them.
+const MOST_OLD: i64 = 10_000;
 
 pub(super) struct Postgres {
     pool: Pool<Opener>,
@@ -110,9 +112,9 @@ impl Engine for Postgres {
             Ok(Changes { keys: Vec::new(), position: self.latest_change(table).await?, overrun: true, more: false })
         };
         let Some(mark) = Mark::read(position) else { return everything().await };
-        // One statement sees one snapshot; the left join gives a row even if nothing changed. Transactions still to come are
-        // another server's, out of a dump of it. Bound, order and limit are those of one index, so that no plan reads the
-        // rest; and `here` is planned as one row, or the server would compile what takes no time.
+        // One statement sees one snapshot; the left join gives a row even if nothing changed. Transactions still to come
+        // are another server's, out of a dump of it. Bound, order and limit are those of one index, so that no plan reads
+        // the rest; and `here` is planned as one row, or the server would compile what takes no time.
         let sql = format!(
             "WITH here AS MATERIALIZED (
                SELECT {origin} AS origin, pg_current_snapshot() AS now,
@@ -187,18 +189,30 @@ impl Engine for Postgres {
         self.heard.notified().await;
     }
 
-    async fn examine(&self, _: &'static Table, budget: Budget) -> Result<Vec<Finding>, Error> {
+    async fn examine(&self, table: &'static Table, budget: Budget) -> Result<Vec<Finding>, Error> {
+        let sql = format!(
+            "SELECT current_setting('max_connections')::int8 - current_setting('superuser_reserved_connections')::int8,
+               (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'), pg_is_in_recovery(),
+               (SELECT count(*) FROM (SELECT FROM {}_change WHERE changed_at < now() - interval '3 days' LIMIT {})
+                AS old)",
+            table.name,
+            MOST_OLD + 1
+        );
         let facts = self.pool.run(|connection| {
-            let sql = "SELECT current_setting('max_connections')::int8 - current_setting('superuser_reserved_connections')::int8,
-                         (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'), pg_is_in_recovery()";
-            let row = sqlx::query_as(sql);
+            let row = sqlx::query_as(AssertSqlSafe(sql.clone()));
             async move { row.fetch_one(connection).await.map_err(failure) }.boxed()
         });
-        let (allowed, used, is_standby): (i64, i64, bool) = facts.await?;
+        let (allowed, used, is_standby, old): (i64, i64, bool, i64) = facts.await?;
         let mut findings = vec![budget.within(allowed as u64, Some(used as u64))];
         if is_standby {
             findings
                 .push(Finding::fail("it is a standby, which lags and has no change feed", "point Sql at the primary"));
+        }
+        if old > MOST_OLD {
+            findings.push(Finding::warn(
+                format!("more than {MOST_OLD} changes are older than three days: they should be deleted after two"),
+                "let the owner call product_change_prune() every minute, as the head of sql/postgresql.sql shows",
+            ));
         }
         Ok(findings)
     }

@@ -349,8 +349,8 @@ async fn what_is_pruned_while_a_transaction_is_open_for_days_is_told_to_whoever_
     assert_eq!(reader.told().await, Some(vec![]));
 }
 
-/// A dump restored into another cluster brings along the other's transaction numbers. Where those were still to come, every
-/// look said that everything may have changed, for ever.
+/// A dump restored into another cluster brings along the other's transaction numbers. Where those were still to come,
+/// every look said that everything may have changed, for ever.
 #[tokio::test]
 async fn numbers_of_transactions_to_come_which_a_restored_dump_brings_along_are_no_changes() {
     let server = DatabaseServer::start(Engine::Postgres).await;
@@ -430,6 +430,34 @@ async fn a_position_in_the_midst_of_pages_that_an_earlier_version_wrote_means_th
         let mut reader = Reader { database: database(&server.url(), &[]), position };
         assert_eq!(reader.told().await, None, "{page}");
         assert_eq!(reader.told().await, Some(vec![]), "{page}");
+    }
+}
+
+/// One statement of a hundred deleted ten thousand, however many each of them wrote.
+#[tokio::test]
+async fn a_statement_deletes_twice_as_many_old_changes_as_it_writes() {
+    let server = DatabaseServer::start(Engine::Postgres).await;
+    let mut writer = server.session().await;
+    let columns = "StandardCost, ListPrice, SellStartDate, rowguid, ModifiedDate";
+    let insert = format!(
+        "INSERT INTO product (ProductID, Name, ProductNumber, {columns})
+         SELECT 10000 + n, 'many', concat('M', n), {columns} FROM generate_series(1, 25000) AS n,
+           (SELECT {columns} FROM product WHERE ProductID = 680) AS one"
+    );
+    for statement in [
+        &insert,
+        "UPDATE product SET Name = 'renamed' WHERE ProductID > 10000",
+        "DELETE FROM product WHERE ProductID > 10000",
+    ] {
+        writer
+            .sql(
+                "INSERT INTO product_change (ProductID, changed_at)
+                 SELECT 706, now() - interval '3 days' FROM generate_series(1, 50000)",
+            )
+            .await;
+        writer.sql(statement).await;
+        let old = "SELECT count(*) FROM product_change WHERE changed_at < now() - interval '2 days'";
+        assert_eq!(writer.number(old).await, 0, "{statement}");
     }
 }
 
