@@ -212,6 +212,10 @@ async fn a_database_that_lacks_something_is_told_what() {
     server.sql("SET GLOBAL event_scheduler = OFF").await;
     let report = doctor(folder.path(), &[QUIET[0], ("Sql", &url), ("MAX_INSTANCES", "5")]).await;
     assert_said(&report, "warn database: the event scheduler is off");
+    assert!(!report.0.contains("changes are kept"), "{}", report.0);
+    server.sql("INSERT INTO product_change (version, ProductID) VALUES (1, 706), (1000002, 706)").await;
+    let report = doctor(folder.path(), &[QUIET[0], ("Sql", &url), ("MAX_INSTANCES", "5")]).await;
+    assert_said(&report, "warn database: more than 1000000 changes are kept");
     assert_said(&report, "ok database: what changes is tracked");
 }
 

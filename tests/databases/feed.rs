@@ -1,6 +1,6 @@
 //! The change feed: every committed change is told, whatever the order of commits, and what cannot be told is said.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, process::Command, time::Duration};
 
 use futures_util::future::join_all;
 use product_cache::{
@@ -542,6 +542,42 @@ async fn a_transaction_open_in_a_gap_of_many_pages_is_told_when_it_commits_and_k
     writer.sql("COMMIT").await;
     assert!(reader.told().await.expect("nothing was pruned").contains(&680));
     reader.assert_settles().await;
+}
+
+/// Runs a program of MariaDB's on this server.
+fn mariadb(server: &DatabaseServer, program: &str, arguments: &[&str]) {
+    let port = server.port.to_string();
+    let output = Command::new(program).args(["-h", "127.0.0.1", "-P", &port]).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// A dump has the triggers, but no procedures and events unless asked for: no product could be written where the triggers
+/// called one.
+#[tokio::test]
+async fn an_ordinary_dump_of_mariadb_has_all_that_writers_and_readers_need() {
+    let server = DatabaseServer::start(Engine::MariaDb).await;
+    let folder = tempfile::tempdir().unwrap();
+    let dump = folder.path().join("dump.sql").display().to_string();
+    mariadb(&server, "mariadb-dump", &["-u", "root", "--result-file", &dump, "shop"]);
+    server.sql("CREATE DATABASE copy; GRANT SELECT ON copy.* TO handler").await;
+    mariadb(&server, "mariadb", &["-u", "root", "copy", "-e", &format!("source {dump}")]);
+    let mut copy = server.session().await;
+    copy.sql("USE copy").await;
+    let database = database(&server.url().replace("/shop", "/copy"), &[]);
+    let position = database.latest_change(&TABLE).await.unwrap();
+    let mut reader = Reader { database, position };
+    copy.sql(&rename(680)).await;
+    assert_eq!(reader.told().await, Some(vec![680]));
+}
+
+#[tokio::test]
+async fn whoever_may_write_products_needs_no_rights_on_the_feed() {
+    let server = DatabaseServer::start(Engine::MariaDb).await;
+    let mut reader = Reader::new(&server).await;
+    server.sql("CREATE USER writer; GRANT SELECT, UPDATE, DELETE ON shop.product TO writer").await;
+    mariadb(&server, "mariadb", &["-u", "writer", "shop", "-e", &rename(680)]);
+    mariadb(&server, "mariadb", &["-u", "writer", "shop", "-e", "DELETE FROM product WHERE ProductID = 706"]);
+    assert_eq!(reader.told().await, Some(vec![680, 706]));
 }
 
 #[tokio::test]

@@ -37,6 +37,8 @@ use crate::{
 const ORIGIN: &str = "concat(@@hostname, ':', @@port, ':', @@server_id, ':', replace(database(), ' ', '_'))";
 /// A row is locked: lock wait timeout in MariaDB, its own error in MySQL.
 const LOCKED: [u16; 2] = [1205, 3572];
+/// Ten times what the event leaves each minute.
+const MOST_KEPT: i64 = 1_000_000;
 
 pub(super) struct MySql {
     pool: Pool<Opener>,
@@ -255,18 +257,29 @@ impl Engine for MySql {
         Ok(Changes { keys: keys.into_iter().collect(), position: mark.into(), overrun: false, more })
     }
 
-    async fn examine(&self, _: &'static Table, budget: Budget) -> Result<Vec<Finding>, Error> {
+    async fn examine(&self, table: &'static Table, budget: Budget) -> Result<Vec<Finding>, Error> {
+        // The event itself is nothing that this login can see.
+        let sql = format!(
+            "SELECT CAST(@@max_connections AS SIGNED), @@event_scheduler = 'ON' OR @@event_scheduler = '1', @@read_only,
+               (SELECT coalesce(max(version) - min(version), 0) FROM {}_change)",
+            table.name
+        );
         let facts = self.pool.run(|connection| {
-            let sql = "SELECT CAST(@@max_connections AS SIGNED), @@event_scheduler = 'ON' OR @@event_scheduler = '1', @@read_only";
-            let row = sqlx::query_as(sql);
+            let row = sqlx::query_as(AssertSqlSafe(sql.clone()));
             async move { row.fetch_one(&mut connection.connection).await.map_err(failure) }.boxed()
         });
-        let (allowed, prunes, is_replica): (i64, i64, i64) = facts.await?;
+        let (allowed, prunes, is_replica, kept): (i64, i64, i64, i64) = facts.await?;
         let mut findings = vec![budget.within(allowed as u64, None)];
         if prunes == 0 {
             findings.push(Finding::warn(
                 "the event scheduler is off, so that the change table only grows",
                 "SET GLOBAL event_scheduler = ON, and in the server's configuration",
+            ));
+        }
+        if kept > MOST_KEPT {
+            findings.push(Finding::warn(
+                format!("more than {MOST_KEPT} changes are kept: nobody deletes the old ones"),
+                "SHOW EVENTS must show product_change_prune as ENABLED; sql/mysql.sql makes it",
             ));
         }
         if is_replica != 0 {
