@@ -185,7 +185,7 @@ async fn a_database_that_lacks_something_is_told_what() {
     let url = server.url();
     let report = doctor(folder.path(), &[QUIET[0], ("Sql", &url), ("MAX_INSTANCES", "5")]).await;
     assert_said(&report, "ok database: PostgreSQL");
-    assert_said(&report, "ok database: what changes is tracked");
+    assert_said(&report, "ok database: the change feed can be read");
     assert_said(&report, "ok database: a row by its key takes");
     assert!(!report.0.contains("\nwarn  database"), "{}", report.0);
     assert_said(
@@ -193,6 +193,10 @@ async fn a_database_that_lacks_something_is_told_what() {
         "FAIL and 500 may run",
     );
     assert_said(&doctor(folder.path(), &[QUIET[0], ("Sql", &url)]).await, "warn set MAX_INSTANCES");
+    server.sql("ALTER TABLE product DISABLE TRIGGER product_deleted").await;
+    let report = doctor(folder.path(), &[QUIET[0], ("Sql", &url), ("MAX_INSTANCES", "5")]).await;
+    assert_said(&report, "FAIL database: database unavailable: the table lacks the triggers that tell of changes");
+    server.sql("ALTER TABLE product ENABLE TRIGGER product_deleted").await;
     let old = "INSERT INTO product_change (ProductID, changed_at)
                SELECT 706, now() - interval '4 days' FROM generate_series(1, 10001)";
     server.sql(old).await;
@@ -212,11 +216,12 @@ async fn a_database_that_lacks_something_is_told_what() {
     server.sql("SET GLOBAL event_scheduler = OFF").await;
     let report = doctor(folder.path(), &[QUIET[0], ("Sql", &url), ("MAX_INSTANCES", "5")]).await;
     assert_said(&report, "warn database: the event scheduler is off");
+    assert_said(&report, "ok database: whether product has its triggers is not for this login to see");
     assert!(!report.0.contains("changes are kept"), "{}", report.0);
     server.sql("INSERT INTO product_change (version, ProductID) VALUES (1, 706), (1000002, 706)").await;
     let report = doctor(folder.path(), &[QUIET[0], ("Sql", &url), ("MAX_INSTANCES", "5")]).await;
     assert_said(&report, "warn database: more than 1000000 changes are kept");
-    assert_said(&report, "ok database: what changes is tracked");
+    assert_said(&report, "ok database: the change feed can be read");
 }
 
 /// What the views and tables of SQL Server would say.

@@ -248,7 +248,7 @@ impl Database {
                 "the change feed says at every look that everything may have changed",
                 "let Sql name one server, and no balancer before several; run the script for this engine in sql/",
             ),
-            Ok(_) => Finding::ok("what changes is tracked"),
+            Ok(_) => Finding::ok("the change feed can be read"),
             Err(error) => {
                 Finding::fail(error.to_string(), "run the script for this engine in sql/: it sees to change tracking")
             }
@@ -276,6 +276,11 @@ impl Database {
             Err(Error::Unavailable(format!("no answer within {} ms", self.query_timeout.as_millis())))
         })
     }
+}
+
+/// Nobody tells the feed of changes, or not of all. The script makes what is missing.
+fn lacks_triggers(script: &str) -> Error {
+    Error::Unavailable(format!("the table lacks the triggers that tell of changes, or they are disabled: see {script}"))
 }
 
 /// A decimal as a column of this scale shows it: rounded as SQL Server rounds what is stored in a money column.

@@ -103,8 +103,7 @@ impl Engine for Postgres {
             async move { row.fetch_one(connection).await.map_err(failure) }.boxed()
         });
         let (origin, snapshot): (Option<String>, String) = latest.await?;
-        let origin = origin.ok_or_else(standby)?;
-        Ok(Mark { origin, seen: snapshot, page: None }.into())
+        Ok(Mark { origin: heard(origin)?, seen: snapshot, page: None }.into())
     }
 
     async fn changes_since(&self, table: &'static Table, position: &Position) -> Result<Changes, Error> {
@@ -163,7 +162,7 @@ impl Engine for Postgres {
             Ok((origin, lost, upto, changes))
         };
         let (origin, lost, upto, changes) = read().map_err(|error| Error::Unavailable(error.to_string()))?;
-        let lost = lost || origin.ok_or_else(standby)? != mark.origin;
+        let lost = heard(origin)? != mark.origin || lost;
         if lost || changes.iter().any(|(_, key)| key.is_none()) {
             return everything().await;
         }
@@ -223,17 +222,32 @@ impl Engine for Postgres {
     }
 }
 
-/// An expression for what tells a feed from others, and from itself after it was restored or taken over by a standby:
-/// cluster, timeline, database and table. NULL on a standby.
+/// An expression for what tells a feed from others, and from itself after it was restored or taken over by a standby, or
+/// what no trigger tells was done to the table: cluster, timeline, database, tables and triggers. Empty if those do not
+/// hear of everything; NULL on a standby.
 fn origin(table: &'static Table) -> String {
-    // The control file's timeline is that of the last checkpoint, minutes behind a promotion.
+    // The control file's timeline is that of the last checkpoint, minutes behind a promotion. A trigger's type says what
+    // it hears of: 4 INSERT, 8 DELETE, 16 UPDATE, 32 TRUNCATE. In catalogues, xmin says when something was last altered.
     format!(
-        "(SELECT concat_ws('.', system_identifier, left(pg_walfile_name(pg_current_wal_lsn()), 8), database.oid,
-            '{}_change'::regclass::oid)
-          FROM pg_control_system(), pg_database AS database
-          WHERE datname = current_database() AND NOT pg_is_in_recovery())",
+        "(SELECT CASE WHEN triggers.events & 60 = 60 THEN concat_ws('.', system_identifier,
+            left(pg_walfile_name(pg_current_wal_lsn()), 8), database.oid, '{0}_change'::regclass::oid,
+            class.oid, class.xmin, triggers.altered) ELSE '' END
+          FROM pg_control_system(), pg_database AS database, pg_class AS class, (
+            SELECT bit_or(tgtype::int4) AS events, sum(trigger.xmin::text::int8) AS altered
+            FROM pg_trigger AS trigger JOIN pg_proc AS function ON function.oid = tgfoid
+            WHERE tgrelid = '{0}'::regclass AND tgenabled IN ('O', 'A') AND proname = '{0}_changed') AS triggers
+          WHERE datname = current_database() AND class.oid = '{0}'::regclass AND NOT pg_is_in_recovery())",
         table.name
     )
+}
+
+/// What [`origin`] says, if there is a feed.
+fn heard(origin: Option<String>) -> Result<String, Error> {
+    let origin = origin.ok_or_else(standby)?;
+    if origin.is_empty() {
+        return Err(super::lacks_triggers("sql/postgresql.sql"));
+    }
+    Ok(origin)
 }
 
 /// There, snapshots do not say which transactions are still open.

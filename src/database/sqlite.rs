@@ -123,14 +123,15 @@ impl Engine for Sqlite {
     }
 
     async fn latest_change(&self, table: &'static Table) -> Result<Position, Error> {
-        Ok(self.position(self.latest(table).await?))
+        let (latest, schema) = self.latest(table).await?;
+        Ok(self.position(latest, schema))
     }
 
     async fn changes_since(&self, table: &'static Table, position: &Position) -> Result<Changes, Error> {
-        let latest = self.latest(table).await?;
-        // What was written for another file counts as before the first change, which the check below then finds out.
-        let (version, file) = position.0.split_once(' ').unwrap_or_default();
-        let version = version.parse::<i64>().ok().filter(|_| file == self.file()).unwrap_or(-1);
+        let (latest, schema) = self.latest(table).await?;
+        // What was written for another file or schema counts as before the first change, which the check below finds out.
+        let (version, _) = position.0.split_once(' ').unwrap_or_default();
+        let version = version.parse().ok().filter(|version| *position == self.position(*version, schema)).unwrap_or(-1);
         if latest == version {
             return Ok(Changes { keys: Vec::new(), position: position.clone(), overrun: false, more: false });
         }
@@ -149,7 +150,7 @@ impl Engine for Sqlite {
         };
         Ok(Changes {
             keys: rows.iter().map(|(_, key)| *key).collect::<BTreeSet<_>>().into_iter().collect(),
-            position: self.position(last),
+            position: self.position(last, schema),
             // Versions are gapless, so a jump means pruned changes; a step back, another database under the same name.
             overrun: first != Some(version + 1),
             more: last < latest,
@@ -174,23 +175,30 @@ impl Sqlite {
         Self { config: config.clone(), url: Some(url.clone()), opened: OnceCell::new() }
     }
 
-    async fn latest(&self, table: &'static Table) -> Result<i64, Error> {
+    /// The latest version, and the schema's: while a table is made anew, say, it has no triggers, and nobody hears of
+    /// what changes.
+    async fn latest(&self, table: &'static Table) -> Result<(i64, i64), Error> {
         // AUTOINCREMENT's own counter survives the deletion of rows, and an INSERT OR FAIL that fails half-way survives
         // without it.
         let sql = format!(
-            "SELECT max(coalesce((SELECT seq FROM sqlite_sequence WHERE name = ?1), 0),
-               coalesce((SELECT max(version) FROM {0}_change), 0))",
+            "SELECT max(coalesce((SELECT seq FROM sqlite_sequence WHERE name = '{0}_change'), 0),
+               coalesce((SELECT max(version) FROM {0}_change), 0)),
+               (SELECT schema_version FROM pragma_schema_version),
+               (SELECT count(*) FROM sqlite_schema WHERE type = 'trigger' AND tbl_name LIKE '{0}'
+                  AND sql LIKE '%{0}_change%')",
             table.name
         );
         let latest = self.opened().await?.pool.run(|session| {
-            let query = sqlx::query_scalar(AssertSqlSafe(sql.clone())).bind(format!("{}_change", table.name));
+            let query = sqlx::query_as(AssertSqlSafe(sql.clone()));
             async move { query.fetch_one(&mut session.connection).await.map_err(failure) }.boxed()
         });
-        latest.await
+        let (latest, schema, triggers): (i64, i64, i64) = latest.await?;
+        // One for each of INSERT, UPDATE and DELETE.
+        if triggers < 3 { Err(super::lacks_triggers("sql/sqlite.sql")) } else { Ok((latest, schema)) }
     }
 
-    fn position(&self, version: i64) -> Position {
-        Position(format!("{version} {}", self.file()))
+    fn position(&self, version: i64, schema: i64) -> Position {
+        Position(format!("{version} {schema} {}", self.file()))
     }
 
     /// What tells the files that somebody may name apart.

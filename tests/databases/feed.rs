@@ -581,6 +581,71 @@ async fn whoever_may_write_products_needs_no_rights_on_the_feed() {
 }
 
 #[tokio::test]
+async fn values_that_a_column_is_given_by_another_type_are_told() {
+    let server = DatabaseServer::start(Engine::Postgres).await;
+    let mut reader = Reader::new(&server).await;
+    server.sql("ALTER TABLE product ALTER COLUMN Size TYPE varchar(3) USING 'L'").await;
+    assert_eq!(reader.told().await, None);
+    server.sql("VACUUM (ANALYZE, FREEZE) product").await;
+    server.sql("VACUUM FREEZE pg_class").await;
+    assert_eq!(reader.told().await, Some(vec![]));
+}
+
+/// What is done to the table's triggers, and what makes them whole again.
+fn troubles(engine: Engine) -> Vec<(&'static str, &'static str)> {
+    match engine {
+        Engine::Postgres => vec![
+            (
+                "ALTER TABLE product DISABLE TRIGGER product_updated",
+                "ALTER TABLE product ENABLE TRIGGER product_updated",
+            ),
+            (
+                "ALTER TABLE product RENAME TO old; CREATE TABLE product AS SELECT * FROM old;
+                 GRANT SELECT ON product TO handler",
+                "DROP TABLE product; ALTER TABLE old RENAME TO product",
+            ),
+        ],
+        Engine::Sqlite => vec![
+            (
+                "DROP TRIGGER product_after_update",
+                "CREATE TRIGGER product_after_update AFTER UPDATE ON product
+                 BEGIN INSERT INTO product_change (ProductID) VALUES (NEW.ProductID); END",
+            ),
+            (
+                "ALTER TABLE product RENAME TO old; CREATE TABLE product AS SELECT * FROM old",
+                "DROP TABLE product; ALTER TABLE old RENAME TO product",
+            ),
+        ],
+        Engine::MariaDb | Engine::SqlServer => unreachable!("its handler cannot see triggers, or there are none"),
+    }
+}
+
+/// The feed was heard, and nothing was told, for ever.
+#[tokio::test]
+async fn a_table_that_lost_its_triggers_is_not_heard_and_nobody_knows_what_changed_meanwhile() {
+    for engine in [Engine::Postgres, Engine::Sqlite] {
+        let server = DatabaseServer::start(engine).await;
+        let mut reader = Reader::new(&server).await;
+        for (trouble, remedy) in troubles(engine) {
+            server.sql(trouble).await;
+            server.sql("UPDATE product SET Color = 'Red' WHERE ProductID = 680").await;
+            let error = reader.database.changes_since(&TABLE, &reader.position).await.expect_err(trouble).to_string();
+            assert!(error.contains("triggers"), "{trouble}: {error}");
+            assert!(reader.database.latest_change(&TABLE).await.is_err(), "{trouble}");
+            server.sql(remedy).await;
+            assert_eq!(reader.told().await, None, "{remedy}");
+            assert_eq!(reader.told().await, Some(vec![]), "{remedy}");
+            server.sql("UPDATE product SET Color = 'Red' WHERE ProductID = 706").await;
+            assert_eq!(reader.told().await, Some(vec![706]), "{remedy}");
+            // Between two looks nobody sees that they are away.
+            server.sql(trouble).await;
+            server.sql(remedy).await;
+            assert_eq!(reader.told().await, None, "{trouble} for a moment");
+        }
+    }
+}
+
+#[tokio::test]
 async fn emptying_the_table_is_told() {
     let server = DatabaseServer::start(Engine::Postgres).await;
     let mut reader = Reader::new(&server).await;

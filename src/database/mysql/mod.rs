@@ -269,7 +269,11 @@ impl Engine for MySql {
             async move { row.fetch_one(&mut connection.connection).await.map_err(failure) }.boxed()
         });
         let (allowed, prunes, is_replica, kept): (i64, i64, i64, i64) = facts.await?;
-        let mut findings = vec![budget.within(allowed as u64, None)];
+        let triggers = format!(
+            "whether {0} has its triggers is not for this login to see: SHOW TRIGGERS LIKE '{0}' must show three",
+            table.name
+        );
+        let mut findings = vec![budget.within(allowed as u64, None), Finding::ok(triggers)];
         if prunes == 0 {
             findings.push(Finding::warn(
                 "the event scheduler is off, so that the change table only grows",
