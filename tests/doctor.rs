@@ -205,6 +205,16 @@ async fn a_database_that_lacks_something_is_told_what() {
     server.sql("DROP TABLE product_change_pruned").await;
     let report = doctor(folder.path(), &[QUIET[0], ("Sql", &url), ("MAX_INSTANCES", "5")]).await;
     assert_said(&report, "FAIL database:");
+    server.sql("UPDATE product SET SellStartDate = 'infinity' WHERE ProductID = 680").await;
+    assert_said(
+        &doctor(folder.path(), &[QUIET[0], ("Sql", &url)]).await,
+        "FAIL database: row 680: column SellStartDate: is out of range",
+    );
+    server.sql("ALTER TABLE product ALTER COLUMN ProductID TYPE numeric").await;
+    assert_said(
+        &doctor(folder.path(), &[QUIET[0], ("Sql", &url)]).await,
+        "FAIL database: database unavailable: column ProductID is of type NUMERIC",
+    );
     server.sql("ALTER TABLE product DROP COLUMN rowguid").await;
     assert_said(
         &doctor(folder.path(), &[QUIET[0], ("Sql", &url)]).await,
@@ -239,6 +249,7 @@ async fn sql_server(retention: (i64, i64), given_up: i64, tracked: Tracking) -> 
                 Answer::Tables(vec![table(&[Type::NVarchar(128), Type::NVarchar(128)], vec![row])])
             }
             sql if sql.contains("change_tracking_databases") => numbers(&[retention.0, retention.1]),
+            sql if sql.contains("MIN([ProductID])") => numbers(&[1]),
             sql if sql.contains("MAX_CONNECTIONS") => numbers(&[32_767]),
             sql if sql.contains("sys.tables") => {
                 let name = vec!["Leases_0123456789abcdef_42".into()];

@@ -148,6 +148,9 @@ trait Engine: Send + Sync {
     /// The rows with these keys, in one query, in no particular order; keys without a row are left out.
     async fn rows(&self, table: &'static Table, keys: &[i64]) -> Result<Vec<Result<Row, BadRow>>, Error>;
 
+    /// The lowest key there is, if there is a row.
+    async fn lowest_key(&self, table: &'static Table) -> Result<Option<i64>, Error>;
+
     /// The position after every change committed so far.
     async fn latest_change(&self, table: &'static Table) -> Result<Position, Error>;
 
@@ -230,10 +233,14 @@ impl Database {
 
     async fn examine_table(&self, table: &'static Table) -> Vec<Finding> {
         let schema = "make the table by the script for this engine in sql/, and grant SELECT on it";
+        let key = match self.within(self.engine.lowest_key(table)).await {
+            Ok(key) => key.unwrap_or(1),
+            Err(error) => return vec![Finding::fail(error.to_string(), schema)],
+        };
         // Warm: the first statement of its kind is compiled.
-        let _ = self.rows(table, &[1]).await;
+        let _ = self.rows(table, &[key]).await;
         let began = Instant::now();
-        let read = match self.rows(table, &[1]).await {
+        let read = match self.rows(table, &[key]).await {
             Ok(rows) if rows.iter().any(Result::is_err) => {
                 let bad = rows.into_iter().find_map(Result::err).map_or_else(String::new, |bad| bad.to_string());
                 Finding::fail(bad, "give the column the type that it has in the engine's script in sql/")
@@ -276,6 +283,11 @@ impl Database {
             Err(Error::Unavailable(format!("no answer within {} ms", self.query_timeout.as_millis())))
         })
     }
+}
+
+/// Nobody can tell which of those asked for a row is: whoever took it for none would say that there is no such row.
+fn unknown_key(table: &'static Table, problem: &str) -> Error {
+    Error::Unavailable(format!("column {} {problem}", table.key))
 }
 
 /// Nobody tells the feed of changes, or not of all. The script makes what is missing.

@@ -2,7 +2,7 @@
 
 use sqlx::{ColumnIndex, Decode, Type, error::DatabaseError};
 
-use super::{BadRow, Kind, Row, Table, Value, pool::Failure};
+use super::{BadRow, Error, Kind, Row, Table, Value, pool::Failure};
 
 /// Asks for a table's key and its columns; `WHERE` follows.
 pub(super) fn select(table: &Table) -> String {
@@ -15,19 +15,18 @@ pub(super) fn row<'r, R>(
     table: &'static Table,
     row: &'r R,
     value: impl Fn(&'r R, usize, Kind) -> Result<Option<Value>, String>,
-) -> Result<Row, BadRow>
-where
-    R: sqlx::Row,
-    usize: ColumnIndex<R>,
-    i64: Decode<'r, R::Database> + Type<R::Database>,
-{
-    // The key is what the row was found by, so it is a number.
-    let key: i64 = row.try_get_unchecked(0).unwrap_or_default();
-    let values =
-        table.columns.iter().enumerate().map(|(index, (column, kind))| {
-            value(row, index + 1, *kind).map_err(|problem| BadRow { key, column, problem })
-        });
-    Ok(Row { key, values: values.collect::<Result<_, _>>()? })
+) -> Result<Result<Row, BadRow>, Error> {
+    let problem = match value(row, 0, Kind::Integer) {
+        Ok(Some(Value::Integer(key))) => {
+            let values = table.columns.iter().enumerate().map(|(index, (column, kind))| {
+                value(row, index + 1, *kind).map_err(|problem| BadRow { key, column, problem })
+            });
+            return Ok(values.collect::<Result<_, _>>().map(|values| Row { key, values }));
+        }
+        Ok(_) => "is null".to_owned(),
+        Err(problem) => problem,
+    };
+    Err(super::unknown_key(table, &problem))
 }
 
 /// A column whose type was looked at, or can be anything.

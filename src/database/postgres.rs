@@ -93,7 +93,16 @@ impl Engine for Postgres {
             let (sql, keys) = (AssertSqlSafe(sql.clone()), keys.to_vec());
             async move { sqlx::query(sql).bind(keys).fetch_all(connection).await.map_err(failure) }.boxed()
         });
-        Ok(rows.await?.iter().map(|row| over_sqlx::row(table, row, decode_value)).collect())
+        rows.await?.iter().map(|row| over_sqlx::row(table, row, decode_value)).collect()
+    }
+
+    async fn lowest_key(&self, table: &'static Table) -> Result<Option<i64>, Error> {
+        let sql = format!("SELECT CAST(min({}) AS int8) FROM {}", table.key, table.name);
+        let key = self.pool.run(|connection| {
+            let key = sqlx::query_scalar(AssertSqlSafe(sql.clone()));
+            async move { key.fetch_one(connection).await.map_err(failure) }.boxed()
+        });
+        key.await
     }
 
     async fn latest_change(&self, table: &'static Table) -> Result<Position, Error> {

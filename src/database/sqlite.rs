@@ -119,7 +119,16 @@ impl Engine for Sqlite {
             };
             async move { query.fetch_all(&mut session.connection).await.map_err(failure) }.boxed()
         });
-        Ok(rows.await?.iter().map(|row| over_sqlx::row(table, row, decode_value)).collect())
+        rows.await?.iter().map(|row| over_sqlx::row(table, row, decode_value)).collect()
+    }
+
+    async fn lowest_key(&self, table: &'static Table) -> Result<Option<i64>, Error> {
+        let sql = format!("SELECT CAST(min({}) AS INTEGER) FROM {}", table.key, table.name);
+        let key = self.opened().await?.pool.run(|session| {
+            let key = sqlx::query_scalar(AssertSqlSafe(sql.clone()));
+            async move { key.fetch_one(&mut session.connection).await.map_err(failure) }.boxed()
+        });
+        key.await
     }
 
     async fn latest_change(&self, table: &'static Table) -> Result<Position, Error> {

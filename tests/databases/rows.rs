@@ -268,6 +268,22 @@ async fn what_no_calendar_and_no_number_line_has_is_a_bad_row_and_no_other_rows_
     }
 }
 
+/// Nobody found the row among those that were asked for: every product was a 404.
+#[tokio::test]
+async fn a_key_of_another_type_is_told_and_no_product_is_taken_for_missing() {
+    for (engine, change, kind) in [
+        (Engine::Postgres, "ALTER TABLE product ALTER COLUMN ProductID TYPE numeric", "is of type NUMERIC"),
+        (Engine::MariaDb, "ALTER TABLE product MODIFY ProductID DECIMAL(10, 0)", "is of type DECIMAL"),
+        (Engine::MariaDb, "ALTER TABLE product MODIFY ProductID VARCHAR(10)", "is of type VARBINARY"),
+    ] {
+        let server = DatabaseServer::start(engine).await;
+        server.sql(change).await;
+        let database = database(&server.url(), &[]);
+        let error = name_of(&database, 680).await.expect_err(change);
+        assert!(error.contains(&format!("column ProductID {kind}")), "{change}: {error}");
+    }
+}
+
 #[tokio::test]
 async fn integers_without_a_sign_and_those_called_boolean_are_shown_as_they_are() {
     let server = DatabaseServer::start(Engine::MariaDb).await;

@@ -401,6 +401,18 @@ async fn a_column_of_another_type_is_told_by_its_name() {
 }
 
 #[tokio::test]
+async fn a_key_of_another_type_is_told_and_no_product_is_taken_for_missing() {
+    let mut types = products::product_types();
+    types.insert("ProductID", (Type::Decimal(10, 0), false));
+    let mut row = product(5);
+    row.insert("ProductID", Cell::Digits(5));
+    let rows = vec![row];
+    let fake = Server::start(move |query| Answer::Tables(vec![products::select(query, &types, &rows)])).await;
+    let error = database(server(fake.port)).rows(&TABLE, &[5]).await.err().expect("a bad key").to_string();
+    assert_eq!(error, "database unavailable: column ProductID is not an integer");
+}
+
+#[tokio::test]
 async fn a_batch_is_one_query_and_knows_few_statements() {
     let fake = Server::start(products((1..=200).map(product).collect())).await;
     let database = database(server(fake.port));

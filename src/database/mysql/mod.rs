@@ -189,7 +189,16 @@ impl Engine for MySql {
         let is_key = format!("{} = ?", table.key);
         let rows =
             self.any_of(&over_sqlx::select(table), &is_key, keys.iter().map(|key| vec![*key]).collect(), "").await?;
-        Ok(rows.iter().map(|row| over_sqlx::row(table, row, decode_value)).collect())
+        rows.iter().map(|row| over_sqlx::row(table, row, decode_value)).collect()
+    }
+
+    async fn lowest_key(&self, table: &'static Table) -> Result<Option<i64>, Error> {
+        let sql = format!("SELECT CAST(min({}) AS SIGNED) FROM {}", table.key, table.name);
+        let key = self.pool.run(|session| {
+            let key = sqlx::query_scalar(AssertSqlSafe(sql.clone()));
+            async move { key.fetch_one(&mut session.connection).await.map_err(failure) }.boxed()
+        });
+        key.await
     }
 
     async fn latest_change(&self, table: &'static Table) -> Result<Position, Error> {

@@ -6,7 +6,7 @@ use chrono::{Days, NaiveDate, NaiveDateTime, TimeDelta};
 use rust_decimal::Decimal;
 use tiberius::{ColumnData, numeric::Numeric};
 
-use crate::database::{BadRow, Kind, Row, Table, Value, rescaled};
+use crate::database::{BadRow, Error, Kind, Row, Table, Value, rescaled, unknown_key};
 
 /// The columns to ask for: the key, then those of the table.
 pub(super) fn select_list(table: &Table) -> String {
@@ -19,14 +19,14 @@ pub(super) fn select_list(table: &Table) -> String {
 }
 
 /// A row that was asked for by [`select_list`].
-pub(super) fn row(table: &'static Table, row: tiberius::Row) -> Result<Row, BadRow> {
+pub(super) fn row(table: &'static Table, row: tiberius::Row) -> Result<Result<Row, BadRow>, Error> {
     let mut cells = row.into_iter();
-    // The key is what the row was found by, so it is a number.
-    let key = cells.next().as_ref().and_then(integer).unwrap_or_default();
+    let key = cells.next().as_ref().and_then(integer);
+    let key = key.ok_or_else(|| unknown_key(table, "is not an integer"))?;
     let values = table.columns.iter().zip(cells).map(|((column, kind), cell)| {
         value(*kind, cell).map_err(|problem| BadRow { key, column, problem: problem.to_owned() })
     });
-    Ok(Row { key, values: values.collect::<Result<_, _>>()? })
+    Ok(values.collect::<Result<_, _>>().map(|values| Row { key, values }))
 }
 
 fn value(kind: Kind, cell: ColumnData<'static>) -> Result<Option<Value>, &'static str> {

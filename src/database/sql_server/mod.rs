@@ -73,9 +73,16 @@ impl Engine for SqlServer {
             let last = keys.last().into_iter().copied().cycle();
             let parameters = keys.iter().copied().chain(last).take(count).collect();
             let rows = self.query(sql, parameters).await?.into_iter().flatten();
-            found.extend(rows.map(|row| decode::row(table, row)));
+            for row in rows {
+                found.push(decode::row(table, row)?);
+            }
         }
         Ok(found)
+    }
+
+    async fn lowest_key(&self, table: &'static Table) -> Result<Option<i64>, Error> {
+        let sql = format!("SELECT CAST(MIN([{}]) AS bigint) FROM {}", table.key, quoted(table.sql_server_name));
+        Ok(self.numbers(&sql).await?.first().and_then(|numbers| numbers[0]))
     }
 
     async fn latest_change(&self, table: &'static Table) -> Result<Position, Error> {

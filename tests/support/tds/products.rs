@@ -71,9 +71,10 @@ pub fn select(query: &Query, types: &Types, rows: &[Row]) -> Table {
         };
         columns.push((name, native, column));
     }
-    let asked = rows.iter().filter(|row| {
-        let Some(Cell::Int(key)) = row.get(key) else { panic!("a row without a key") };
-        query.parameters.contains(key)
+    let asked = rows.iter().filter(|row| match row.get(key) {
+        Some(Cell::Int(key)) => query.parameters.contains(key),
+        Some(Cell::Digits(key)) => query.parameters.iter().any(|asked| i128::from(*asked) == *key),
+        _ => panic!("a row without a key"),
     });
     let cells = asked.map(|row| {
         let cell = |(name, native, column): &(&str, Type, Column)| {
