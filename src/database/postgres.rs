@@ -90,8 +90,18 @@ impl Engine for Postgres {
         // Any number of keys is one statement, prepared once for each connection.
         let sql = format!("{} WHERE {} = ANY($1)", over_sqlx::select(table), table.key);
         let rows = self.pool.run(|connection| {
-            let (sql, keys) = (AssertSqlSafe(sql.clone()), keys.to_vec());
-            async move { sqlx::query(sql).bind(keys).fetch_all(connection).await.map_err(failure) }.boxed()
+            let query = || sqlx::query(AssertSqlSafe(sql.clone())).bind(keys.to_vec());
+            let (first, again) = (query(), query());
+            async move {
+                match first.fetch_all(&mut *connection).await {
+                    Err(error) if is_outdated(&error) => {
+                        connection.clear_cached_statements().await.map_err(failure)?;
+                        again.fetch_all(connection).await.map_err(failure)
+                    }
+                    rows => rows.map_err(failure),
+                }
+            }
+            .boxed()
         });
         rows.await?.iter().map(|row| over_sqlx::row(table, row, decode_value)).collect()
     }
@@ -372,6 +382,11 @@ fn failure(error: sqlx::Error) -> Failure {
     over_sqlx::failure(error, |error| {
         error.code().is_some_and(|code| PASSING.iter().any(|class| code.starts_with(class)))
     })
+}
+
+/// What was prepared on this connection gave other types before the table was altered (feature_not_supported).
+fn is_outdated(error: &sqlx::Error) -> bool {
+    error.as_database_error().is_some_and(|error| error.code().is_some_and(|code| code == "0A000"))
 }
 
 fn decode_value(row: &PgRow, index: usize, kind: Kind) -> Result<Option<Value>, String> {

@@ -18,7 +18,7 @@ use chrono::{NaiveDate, NaiveDateTime};
 use futures_util::{FutureExt, future::ready};
 use rust_decimal::Decimal;
 use sqlx::{
-    AssertSqlSafe, ConnectOptions, Connection, SqliteConnection,
+    AssertSqlSafe, ConnectOptions, Connection, Row as _, SqliteConnection, TypeInfo, ValueRef,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSynchronous},
 };
 use tokio::sync::OnceCell;
@@ -318,7 +318,12 @@ fn failure(error: sqlx::Error) -> Failure {
 
 fn decode_value(row: &SqliteRow, index: usize, kind: Kind) -> Result<Option<Value>, String> {
     let text = || get::<_, Option<String>>(row, index);
+    let raw = row.try_get_raw(index).map_err(|_| "is missing")?;
     Ok(match kind {
+        // SQLite makes a number of whatever is there.
+        Kind::Integer if !raw.is_null() && raw.type_info().name() != "INTEGER" => {
+            return Err(format!("is of type {}", raw.type_info().name()));
+        }
         Kind::Integer => get::<_, Option<i64>>(row, index)?.map(Value::Integer),
         Kind::Binary => get::<_, Option<Vec<u8>>>(row, index)?.map(Value::Binary),
         Kind::Text => text()?.map(Value::Text),

@@ -275,12 +275,58 @@ async fn a_key_of_another_type_is_told_and_no_product_is_taken_for_missing() {
         (Engine::Postgres, "ALTER TABLE product ALTER COLUMN ProductID TYPE numeric", "is of type NUMERIC"),
         (Engine::MariaDb, "ALTER TABLE product MODIFY ProductID DECIMAL(10, 0)", "is of type DECIMAL"),
         (Engine::MariaDb, "ALTER TABLE product MODIFY ProductID VARCHAR(10)", "is of type VARBINARY"),
+        (
+            Engine::Sqlite,
+            "CREATE TABLE text (ProductID TEXT); INSERT INTO text SELECT ProductID FROM product;
+             CREATE TABLE copy AS SELECT text.ProductID, Name, ProductNumber, Color, StandardCost, ListPrice, Size, Weight,
+               ProductCategoryID, ProductModelID, SellStartDate, SellEndDate, DiscontinuedDate, ThumbNailPhoto,
+               ThumbnailPhotoFileName, rowguid, ModifiedDate
+               FROM product JOIN text ON CAST(text.ProductID AS INTEGER) = product.ProductID;
+             DROP TABLE product; ALTER TABLE copy RENAME TO product",
+            "is of type TEXT",
+        ),
     ] {
         let server = DatabaseServer::start(engine).await;
         server.sql(change).await;
         let database = database(&server.url(), &[]);
         let error = name_of(&database, 680).await.expect_err(change);
         assert!(error.contains(&format!("column ProductID {kind}")), "{change}: {error}");
+    }
+}
+
+/// SQLite made 0 of a word, and 1 of one and a half.
+#[tokio::test]
+async fn what_is_no_integer_is_a_bad_row_in_sqlite_too() {
+    let server = DatabaseServer::start(Engine::Sqlite).await;
+    let database = database(&server.url(), &[]);
+    for value in ["'abc'", "1.5", "x'31'"] {
+        let sql = format!(
+            "PRAGMA ignore_check_constraints = ON; UPDATE product SET ProductModelID = {value} WHERE ProductID = 680"
+        );
+        server.sql(&sql).await;
+        let rows = product_cache::product::load(&database, &[680, 706]).await.unwrap();
+        let bad: Vec<_> = rows.iter().filter_map(|row| row.as_ref().err()).collect();
+        assert_eq!(bad.len(), 1, "{value}");
+        assert_eq!((bad[0].key, bad[0].column), (680, "ProductModelID"), "{value}");
+    }
+}
+
+/// Whoever was the first to ask on each connection afterwards was told that nobody could tell.
+#[tokio::test]
+async fn a_column_of_another_type_is_read_by_the_next_query() {
+    let server = DatabaseServer::start(Engine::Postgres).await;
+    let database = database(&server.url(), &[("DATABASE_MAX_CONNECTIONS", "5"), ("FEED_INTERVAL_MS", "0")]);
+    for kind in ["varchar(20)", "text", "char(20)"] {
+        let mut owner = server.session().await;
+        owner.sql(hold(Engine::Postgres).0).await;
+        let all = join_all((0..5).map(|_| name_of(&database, 680)));
+        let release = async {
+            eventually("each is in use", async || (server.connections().await == 5).then_some(())).await;
+            owner.sql(hold(Engine::Postgres).1).await;
+        };
+        assert!(tokio::join!(all, release).0.iter().all(Result::is_ok));
+        server.sql(&format!("ALTER TABLE product ALTER COLUMN Size TYPE {kind}")).await;
+        assert_eq!(name_of(&database, 680).await.map(drop), Ok(()), "{kind}");
     }
 }
 
