@@ -114,6 +114,7 @@ impl Engine for SqlServer {
                              visible from here: docs/operations.md)";
             finding
         }));
+        findings.extend(self.examine_locks().await?);
         findings.extend(self.examine_trigger().await?);
         Ok(findings)
     }
@@ -155,6 +156,19 @@ impl SqlServer {
             ));
         }
         Ok(findings)
+    }
+
+    /// Whether readers wait for writers.
+    async fn examine_locks(&self) -> Result<Option<Finding>, Error> {
+        let sql = "SELECT CAST(is_read_committed_snapshot_on AS bigint) FROM sys.databases WHERE name = DB_NAME()";
+        let found = self.numbers(sql).await?;
+        let is_off = found.first().is_some_and(|numbers| numbers[0] == Some(0));
+        Ok(is_off.then(|| {
+            Finding::warn(
+                "READ_COMMITTED_SNAPSHOT is off: a transaction that writes products holds up loads and the change feed",
+                "ALTER DATABASE CURRENT SET READ_COMMITTED_SNAPSHOT ON, while nobody else is connected",
+            )
+        }))
     }
 
     /// Rows that the SQL trigger has given up: it tries a change five times and then leaves it.
