@@ -32,6 +32,8 @@ use crate::config::{self, Secret};
 
 /// Tables, seed rows and triggers of the embedded catalogue.
 const SCHEMA: &str = include_str!("../../sql/sqlite.sql");
+/// Parameters of a file that is not to be written, not even its journal mode.
+const READ_ONLY: [&str; 3] = ["mode=ro", "immutable=true", "immutable=1"];
 /// File of the embedded catalogue, in the working directory.
 const DEFAULT_FILE: &str = "product-cache.db";
 /// Instructions of SQLite's machine between two looks whether anybody still waits: well below a millisecond.
@@ -161,7 +163,7 @@ impl Engine for Sqlite {
             keys: rows.iter().map(|(_, key)| *key).collect::<BTreeSet<_>>().into_iter().collect(),
             position: self.position(last, schema),
             // Versions are gapless, so a jump means pruned changes; a step back, another database under the same name.
-            overrun: first != Some(version + 1),
+            overrun: first != Some(version.saturating_add(1)),
             more: last < latest,
         })
     }
@@ -232,7 +234,11 @@ async fn open(config: &config::Database, url: Option<&Secret>) -> Result<Opened,
         };
     };
     // A database that somebody names is theirs: nothing is created or seeded in it.
-    let file = file_options(config, SqliteConnectOptions::from_str(url.reveal()).map_err(unavailable)?);
+    let file = SqliteConnectOptions::from_str(url.reveal()).map_err(unavailable)?;
+    let file = match READ_ONLY.iter().any(|parameter| url.reveal().contains(parameter)) {
+        true => common_options(config, file),
+        false => file_options(config, file),
+    };
     let opened = open_file(config, file, None).await?;
     let tables = opened.pool.run(|session| async { tables(&mut session.connection).await.map_err(failure) }.boxed());
     let tables = tables.await?;
@@ -245,9 +251,13 @@ async fn open(config: &config::Database, url: Option<&Secret>) -> Result<Opened,
 }
 
 fn file_options(config: &config::Database, file: SqliteConnectOptions) -> SqliteConnectOptions {
-    file.create_if_missing(false) // a file that vanishes is an error, not an empty database
+    common_options(config, file)
         .journal_mode(SqliteJournalMode::Wal) // readers do not wait for a writer
         .synchronous(SqliteSynchronous::Normal)
+}
+
+fn common_options(config: &config::Database, file: SqliteConnectOptions) -> SqliteConnectOptions {
+    file.create_if_missing(false) // a file that vanishes is an error, not an empty database
         .busy_timeout(config.connect_timeout)
         .disable_statement_logging()
 }

@@ -7,9 +7,12 @@ use tokio::{task::yield_now, time::sleep};
 
 use super::{behind_a_proxy, database, for_every_engine, for_every_server, name_of, products};
 use crate::support::{
+    catalogue,
     certificates::{CERTIFICATES, Certificates},
     database::{DatabaseServer, Engine},
     eventually,
+    instance::start,
+    sqlite,
 };
 
 for_every_engine![
@@ -341,4 +344,18 @@ async fn integers_without_a_sign_and_those_called_boolean_are_shown_as_they_are(
         let json = products(&database, &[680]).await.unwrap().remove(0).1;
         assert!(json.contains(&format!("\"productModelID\":{value},")), "{kind}: {json}");
     }
+}
+
+#[tokio::test]
+async fn a_file_that_is_opened_to_be_read_alone_is_left_as_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("shop.db");
+    catalogue(&file);
+    sqlite(&file, "PRAGMA journal_mode = DELETE");
+    for parameters in ["mode=ro", "immutable=true"] {
+        let url = format!("sqlite:{}?{parameters}", file.display());
+        let instance = start().env("Sql", url).up().await;
+        assert_eq!(instance.product(680).await.status, 200, "{parameters}");
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no journal beside it");
 }
