@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::support::{
-    eventually,
+    PATIENCE, eventually,
     host::{
         self, Column, Dialect, Host, Invocation, MySqlRow, Operation, Options, SqlTrigger, changes, item, mysql_changes,
     },
@@ -149,7 +149,7 @@ async fn a_body_over_the_limit_is_refused_and_logged() {
         let invocation =
             app.host.trigger(FUNCTION, &changes(&[(Operation::Update, row(680, &"x".repeat(5000), b""))])).await;
         assert!(matches!(invocation, Invocation::Failed { status: Some(413), .. }), "{invocation:?}");
-        assert!(app.host.wait_for_console("INVALIDATE_MAX_BODY_BYTES", Duration::from_secs(5)).await.is_some());
+        assert!(app.host.wait_for_console("INVALIDATE_MAX_BODY_BYTES", PATIENCE).await.is_some());
         let small = app.host.trigger(FUNCTION, &changes(&[(Operation::Update, key_only(680))])).await;
         assert!(small.succeeded(), "{small:?}");
     }
@@ -270,15 +270,21 @@ async fn redis_away_for_longer_than_the_budget_fails_the_invocation_and_the_host
     trigger.change(Operation::Update, row(680, "x", b""));
     let first = trigger.poll(&app.host).await.expect("a batch");
     assert!(matches!(first.outcome, Invocation::Failed { status: Some(503), .. }), "{:?}", first.outcome);
-    assert!(app.host.wait_for_console("InvalidateCache: failed", Duration::from_secs(5)).await.is_some());
+    assert!(app.host.wait_for_console("InvalidateCache: failed", PATIENCE).await.is_some());
     assert_eq!(app.name(680).await, "during the outage", "this instance knows all the same");
     assert!(trigger.poll(&app.host).await.is_none(), "leased for a minute");
     proxy.set(Fault::None);
     // The budget is shorter than the longest pause between two attempts to connect.
     eventually("it is connected again", async || (redis.clients().await == 3).then_some(())).await;
     trigger.advance(Duration::from_secs(61));
-    let second = trigger.poll(&app.host).await.expect("the same batch");
-    assert!(second.outcome.succeeded() && second.attempts == [2], "{second:?}");
+    let mut again = trigger.poll(&app.host).await.expect("the same batch");
+    assert_eq!(again.attempts, [2]);
+    // The budget may be too short for a busy machine; after five attempts the row would be given up.
+    while !again.outcome.succeeded() && again.attempts[0] < 5 {
+        trigger.advance(Duration::from_secs(61));
+        again = trigger.poll(&app.host).await.expect("the same batch");
+    }
+    assert!(again.outcome.succeeded(), "{again:?}");
     assert_eq!((trigger.pending(), trigger.dropped().len()), (0, 0));
 }
 
@@ -317,7 +323,7 @@ async fn a_handler_killed_in_the_middle_gets_the_batch_again_and_two_instances_a
     });
     assert!(!delivery.expect("a batch").outcome.succeeded());
     redis.signal("CONT");
-    assert!(app.host.wait_for_starts(2, Duration::from_secs(10)).await);
+    assert!(app.host.wait_for_starts(2, PATIENCE).await);
     trigger.advance(Duration::from_secs(61));
     let again = eventually("a delivery succeeds", async || {
         let delivery = trigger.poll(&app.host).await;

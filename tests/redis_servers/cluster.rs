@@ -16,7 +16,7 @@ use tokio::{
 };
 
 use crate::support::{
-    PATIENCE, eventually,
+    PATIENCE, PROMPT, eventually,
     node::{BUDGET, Node, Truth, key, value},
     redis_cluster::RedisCluster,
 };
@@ -27,8 +27,14 @@ const UNHEARD_S: u64 = 3;
 const LATEST: Duration = Duration::from_secs(UNHEARD_S + 5);
 
 async fn node(truth: &Truth, string: &str) -> Arc<Node> {
+    Arc::new(Node::hearing(truth, string, &[]).await)
+}
+
+/// One that leaves a node soon that does not answer, and does not trust its memory for long.
+async fn prompt_node(truth: &Truth, string: &str) -> Arc<Node> {
     let unheard = UNHEARD_S.to_string();
-    Arc::new(Node::hearing(truth, string, &[("CACHE_UNHEARD_MAX_S", &unheard)]).await)
+    let settings = [&PROMPT[..], &[("CACHE_UNHEARD_MAX_S", &unheard)]].concat();
+    Arc::new(Node::hearing(truth, string, &settings).await)
 }
 
 async fn all_keys(cluster: &RedisCluster) -> Vec<i64> {
@@ -41,8 +47,8 @@ async fn all_keys(cluster: &RedisCluster) -> Vec<i64> {
 
 #[tokio::test]
 async fn any_node_leads_to_the_one_that_holds_all_keys() {
-    let cluster = RedisCluster::start().await;
-    let owner = cluster.owner_by(0).await.expect("an owner");
+    let cluster = RedisCluster::start_steady().await;
+    let owner = cluster.owner().await;
     let truth = Truth::new(&(1..=50).map(|id| (id, id as u64 * 10)).collect::<Vec<_>>());
     let first = node(&truth, &cluster.string(&[owner])).await;
     let keys: Vec<_> = (1..=50).map(key).collect();
@@ -54,7 +60,7 @@ async fn any_node_leads_to_the_one_that_holds_all_keys() {
         let answers = other.cache.get_or_load(&keys, None, &other.load).await;
         let read = cluster.nodes[owner].info("stats", "total_reads_processed").await.parse::<u64>().unwrap() - pieces;
         assert!(answers.into_iter().all(|answer| answer.unwrap().how().level == Level::Redis), "by node {place}");
-        assert!(read <= 8, "a batch is one round trip, beside the log's and this test's own: {read}");
+        assert!(read < 30, "fifty keys are one round trip, beside the log's, the replica's and this test's: {read}");
     }
     assert_eq!(truth.loads(), 1, "one query for the cluster");
     let mut sizes = all_keys(&cluster).await;
@@ -174,9 +180,9 @@ impl Load {
 /// While the log is still here and a key is there already, the two are expired and told of by different nodes.
 #[tokio::test]
 async fn a_notice_follows_its_expiry_while_they_are_on_different_nodes() {
-    let cluster = RedisCluster::start().await;
+    let cluster = RedisCluster::start_steady().await;
     let slot = cluster.slot().await.to_string();
-    let from = cluster.owner_by(0).await.expect("an owner");
+    let from = cluster.owner().await;
     let (source, target) = (&cluster.nodes[from], &cluster.nodes[(from + 1) % 3]);
     let truth = Truth::new(&[(1, 10), (2, 20)]);
     let nodes = [node(&truth, &cluster.string(&[0])).await, node(&truth, &cluster.string(&[1])).await];
@@ -204,13 +210,13 @@ async fn a_notice_follows_its_expiry_while_they_are_on_different_nodes() {
 
 #[tokio::test]
 async fn a_node_that_a_slot_moves_to_and_that_hangs_costs_no_read() {
-    let cluster = RedisCluster::start().await;
+    let cluster = RedisCluster::start_steady().await;
     let slot = cluster.slot().await.to_string();
-    let from = cluster.owner_by(0).await.expect("an owner");
+    let from = cluster.owner().await;
     let (source, target) = (&cluster.nodes[from], &cluster.nodes[(from + 1) % 3]);
     let truth = Truth::new(&(0..100).map(|id| (id, 1)).collect::<Vec<_>>());
     // Longer than a read may wait: whoever waits for a connection, and then the next, would never come to an end.
-    let settings = [("REDIS_CONNECT_TIMEOUT_MS", "3000"), ("CACHE_LEASE_WAIT_MS", "500")];
+    let settings = [&PROMPT[..], &[("REDIS_CONNECT_TIMEOUT_MS", "3000"), ("CACHE_LEASE_WAIT_MS", "500")]].concat();
     let node = Node::hearing(&truth, &cluster.string(&[from]), &settings).await;
     target.command(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &source.id().await]).await;
     source.command(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &target.id().await]).await;
@@ -228,10 +234,10 @@ fn truth() -> Truth {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_primary_that_is_killed_costs_no_read_and_its_replica_is_used_after_it() {
     let mut cluster = RedisCluster::start().await;
-    let (truth, owner) = (truth(), cluster.owner_by(0).await.expect("an owner"));
+    let (truth, owner) = (truth(), cluster.owner().await);
     // The second knows at first only the one that will be killed.
-    let nodes =
-        [node(&truth, &cluster.string(&[(owner + 1) % 3])).await, node(&truth, &cluster.string(&[owner])).await];
+    let (another, this) = (cluster.string(&[(owner + 1) % 3]), cluster.string(&[owner]));
+    let nodes = [prompt_node(&truth, &another).await, prompt_node(&truth, &this).await];
     let load = Load::begin(&truth, &nodes);
     load.until_redis_is_used_again().await;
     cluster.nodes[owner].kill();
@@ -247,8 +253,9 @@ async fn a_primary_that_is_killed_costs_no_read_and_its_replica_is_used_after_it
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_primary_that_stalls_is_left_for_its_replica_and_is_not_believed_when_it_goes_on() {
     let cluster = RedisCluster::start().await;
-    let (truth, owner) = (truth(), cluster.owner_by(0).await.expect("an owner"));
-    let nodes = [node(&truth, &cluster.string(&[0, 1, 2])).await, node(&truth, &cluster.string(&[owner])).await];
+    let (truth, owner) = (truth(), cluster.owner().await);
+    let (all, this) = (cluster.string(&[0, 1, 2]), cluster.string(&[owner]));
+    let nodes = [prompt_node(&truth, &all).await, prompt_node(&truth, &this).await];
     let load = Load::begin(&truth, &nodes);
     load.until_redis_is_used_again().await;
     cluster.nodes[owner].signal("STOP");
@@ -266,11 +273,11 @@ async fn a_primary_that_stalls_is_left_for_its_replica_and_is_not_believed_when_
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slot_that_moves_to_another_node_is_followed_key_by_key() {
-    let cluster = RedisCluster::start().await;
+    let cluster = RedisCluster::start_steady().await;
     let (truth, slot) = (truth(), cluster.slot().await.to_string());
-    let from = cluster.owner_by(0).await.expect("an owner");
+    let from = cluster.owner().await;
     let to = (from + 1) % 3;
-    let nodes = [node(&truth, &cluster.string(&[0])).await, node(&truth, &cluster.string(&[1])).await];
+    let nodes = [prompt_node(&truth, &cluster.string(&[0])).await, prompt_node(&truth, &cluster.string(&[1])).await];
     let load = Load::begin(&truth, &nodes);
     load.until_redis_is_used_again().await;
 
@@ -293,8 +300,10 @@ async fn a_slot_that_moves_to_another_node_is_followed_key_by_key() {
     }
     // Everything is at the one and still the other's: every command takes the detour, the log too.
     load.until_redis_is_used_again().await;
-    let there = target.clients().await;
-    assert!(there <= 2 * 2 + 2, "two detours for each instance, a replica, and what MIGRATE left: {there}");
+    eventually("two detours for each instance, a replica, and what MIGRATE left are there", async || {
+        (target.clients().await <= 2 * 2 + 2).then_some(())
+    })
+    .await;
     for node in [target, source] {
         node.command(&["CLUSTER", "SETSLOT", &slot, "NODE", &target.id().await]).await;
     }

@@ -13,10 +13,11 @@ use tempfile::tempdir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
+    time::Duration,
 };
 
 use crate::support::{
-    eventually, free_port,
+    PROMPT, eventually, eventually_within, free_port,
     node::{BUDGET, Node, Truth, key},
     redis::RedisServer,
 };
@@ -53,8 +54,8 @@ async fn the_primary_that_a_sentinel_names_is_used_and_the_next_one_after_it() {
     let truth = Truth::new(&[(1, 10), (2, 20)]);
     let nobody = free_port();
     let string = format!("127.0.0.1:{nobody},127.0.0.1:{port},serviceName=shop");
-    let first = Node::hearing(&truth, &string, &[]).await;
-    let second = Node::hearing(&truth, &string, &[]).await;
+    let first = Node::hearing(&truth, &string, &PROMPT).await;
+    let second = Node::hearing(&truth, &string, &PROMPT).await;
     assert_eq!(first.value(1).await, Some(10));
     assert_eq!(second.read(1).await.how().level, Level::Redis);
     // The sentinel must know the replica before it can promote it.
@@ -68,7 +69,8 @@ async fn the_primary_that_a_sentinel_names_is_used_and_the_next_one_after_it() {
     .await;
 
     primary.kill();
-    eventually("the replica is promoted", async || {
+    // A sentinel that was not run for two seconds does nothing for thirty.
+    eventually_within(Duration::from_secs(60), "the replica is promoted", async || {
         assert_eq!(first.value(1).await, Some(10));
         (replica.info("replication", "role").await == "master").then_some(())
     })
@@ -152,10 +154,13 @@ async fn of_two_primaries_one_is_used_by_all_connections() {
 
     // The log's connection is lost and cannot be made again: all go where it goes.
     first.command(&["ACL", "SETUSER", "app", "resetpass", ">other"]).await;
-    let list: String = redis::from_redis_value(first.command(&["CLIENT", "LIST"]).await).unwrap();
-    let reader = list.lines().find(|line| line.contains("cmd=xread")).expect("the log's");
-    let id = reader.split(' ').next().unwrap().trim_start_matches("id=");
-    first.command(&["CLIENT", "KILL", "ID", id]).await;
+    let id = eventually("the log's reads it, and does not look for its end", async || {
+        let list: String = redis::from_redis_value(first.command(&["CLIENT", "LIST"]).await).unwrap();
+        let reader = list.lines().find(|line| line.contains("cmd=xread "))?;
+        Some(reader.split(' ').next()?.trim_start_matches("id=").to_owned())
+    })
+    .await;
+    first.command(&["CLIENT", "KILL", "ID", &id]).await;
     eventually("all are at the other", async || {
         (first.clients().await == 0 && second.clients().await == 3).then_some(())
     })

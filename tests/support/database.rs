@@ -11,16 +11,20 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
+    time::Duration,
 };
 
 use product_cache::config::{Config, Login, Server, Source};
 use sha2::{Digest, Sha256};
-use sqlx::{AssertSqlSafe, Connection, Executor, MySqlConnection, PgConnection, SqliteConnection};
+use sqlx::{
+    AssertSqlSafe, Connection, Executor, MySqlConnection, PgConnection, SqliteConnection,
+    sqlite::{SqliteConnectOptions, SqliteSynchronous},
+};
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 use tokio_util::compat::TokioAsyncWriteCompatExt;
 
-use super::{certificates::CERTIFICATES, eventually, free_port, signal};
+use super::{SERVER_START, certificates::CERTIFICATES, eventually_within, free_port, signal};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Engine {
@@ -142,7 +146,7 @@ impl DatabaseServer {
             return;
         }
         self.process = Some(start_server(self.engine, &self.data(), self.port));
-        eventually("the database server answers", async || Session::open(self).await.ok()).await;
+        eventually_within(SERVER_START, "the database server answers", async || Session::open(self).await.ok()).await;
     }
 
     pub fn kill(&mut self) {
@@ -222,7 +226,12 @@ impl Session {
     async fn open(server: &DatabaseServer) -> sqlx::Result<Self> {
         let port = server.port;
         Ok(match server.engine {
-            Engine::Sqlite => Self::Sqlite(SqliteConnection::connect(&server.url()).await?),
+            Engine::Sqlite => {
+                let options: SqliteConnectOptions = server.url().parse()?;
+                // As [`super::sqlite`] does.
+                let options = options.busy_timeout(Duration::from_secs(60)).synchronous(SqliteSynchronous::Off);
+                Self::Sqlite(SqliteConnection::connect_with(&options).await?)
+            }
             Engine::Postgres => {
                 let url = format!("postgres://owner@127.0.0.1:{port}/shop?sslmode=disable");
                 Self::Postgres(PgConnection::connect(&url).await?)
@@ -361,7 +370,8 @@ async fn template(engine: Engine) -> PathBuf {
         Engine::Sqlite | Engine::SqlServer => {}
         Engine::Postgres => {
             let ready = || client(&["-c", "SELECT 1", "postgres"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
-            eventually("PostgreSQL answers", async || ready().is_ok_and(|status| status.success()).then_some(())).await;
+            let answers = async || ready().is_ok_and(|status| status.success()).then_some(());
+            eventually_within(SERVER_START, "PostgreSQL answers", answers).await;
             run(&mut client(&["-c", "CREATE DATABASE shop", "-c", "CREATE ROLE handler LOGIN", "postgres"]));
             run(client(&["--single-transaction", "shop", "-f"]).arg(&script));
             let grant = "GRANT SELECT ON product, product_change, product_change_pruned TO handler";
@@ -369,7 +379,8 @@ async fn template(engine: Engine) -> PathBuf {
         }
         Engine::MariaDb => {
             let ready = || client(&["-e", "SELECT 1"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
-            eventually("MariaDB answers", async || ready().is_ok_and(|status| status.success()).then_some(())).await;
+            let answers = async || ready().is_ok_and(|status| status.success()).then_some(());
+            eventually_within(SERVER_START, "MariaDB answers", answers).await;
             run(&mut client(&["-e", "CREATE DATABASE shop; CREATE USER handler@'%'"]));
             run(client(&["shop"]).stdin(fs::File::open(&script).expect("a script")));
             for table in ["product", "product_change", "product_change_pruned"] {

@@ -16,11 +16,25 @@ pub mod redis;
 pub mod redis_cluster;
 pub mod tds;
 
-pub use self::basics::{PATIENCE, eventually, free_port, signal};
+use std::time::Duration;
 
-/// Runs SQL on a SQLite file, as a SQLite shell would; returns what it prints.
+pub use self::basics::{PATIENCE, eventually, eventually_within, free_port, signal};
+
+/// How long a server of others may take to start, a database foremost.
+pub const SERVER_START: Duration = Duration::from_secs(60);
+/// Settings for where a late answer of Redis is not the subject: on a slow machine, too, none sends a read to the
+/// database.
+pub const PATIENT: [(&str, &str); 3] =
+    [("REDIS_RESPONSE_TIMEOUT_MS", "2000"), ("REDIS_CONNECT_TIMEOUT_MS", "5000"), ("REQUEST_TIMEOUT_MS", "60000")];
+/// For where it is: those that the handler has by itself.
+pub const PROMPT: [(&str, &str); 2] = [("REDIS_RESPONSE_TIMEOUT_MS", "250"), ("REDIS_CONNECT_TIMEOUT_MS", "1000")];
+
+/// Runs SQL on a SQLite file, as a SQLite shell would; returns what it prints. The thread waits, so nothing is synced:
+/// no test loses its machine's power.
 pub fn sqlite(file: &std::path::Path, sql: &str) -> String {
-    let output = std::process::Command::new("sqlite3").args(["-cmd", ".timeout 5000"]).arg(file).arg(sql).output();
+    let mut shell = std::process::Command::new("sqlite3");
+    let first = ["-cmd", ".timeout 60000", "-cmd", "PRAGMA synchronous=OFF"];
+    let output = shell.args(first).arg(file).arg(sql).output();
     let output = output.unwrap_or_else(|error| panic!("sqlite3 is not installed ({error}): run scripts/test"));
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).expect("text")

@@ -6,11 +6,15 @@ use std::{
     time::Duration,
 };
 
-use redis::ToRedisArgs;
+use redis::{AsyncConnectionConfig, ToRedisArgs};
 use tempfile::TempDir;
 use tokio::time::timeout;
 
-use super::{eventually, free_port, signal};
+// `benches/` uses this file too.
+use super::{basics::PATIENCE, eventually, free_port, signal};
+
+/// How long a question waits that is asked again if it is not answered.
+const QUESTION: Duration = Duration::from_secs(2);
 
 pub struct RedisServer {
     process: Option<Child>,
@@ -72,18 +76,25 @@ impl RedisServer {
 
     /// Runs a command on a connection of its own.
     pub async fn command<T: ToRedisArgs + fmt::Debug>(&self, words: &[T]) -> redis::Value {
-        self.try_command(words).await.unwrap_or_else(|error| panic!("{words:?}: {error}"))
+        self.run(words, PATIENCE).await.unwrap_or_else(|error| panic!("{words:?}: {error}"))
     }
 
     pub async fn try_command<T: ToRedisArgs>(&self, words: &[T]) -> redis::RedisResult<redis::Value> {
+        self.run(words, QUESTION).await
+    }
+
+    async fn run<T: ToRedisArgs>(&self, words: &[T], patience: Duration) -> redis::RedisResult<redis::Value> {
         let client = redis::Client::open(self.url())?;
+        // The client's own are a second, and half a one for each answer.
+        let patient = AsyncConnectionConfig::new();
+        let patient = patient.set_connection_timeout(Some(patience)).set_response_timeout(Some(patience));
         let run = async {
-            let mut connection = client.get_multiplexed_async_connection().await?;
+            let mut connection = client.get_multiplexed_async_connection_with_config(&patient).await?;
             let mut command = redis::Cmd::new();
             command.arg(words);
             command.query_async(&mut connection).await
         };
-        timeout(Duration::from_secs(2), run).await.unwrap_or_else(|_| Err((redis::ErrorKind::Io, "late").into()))
+        timeout(patience, run).await.unwrap_or_else(|_| Err((redis::ErrorKind::Io, "late").into()))
     }
 
     /// The answer to a question that may be asked twice: a sentinel cuts the connections of a server that it promotes.

@@ -4,14 +4,26 @@ use super::{eventually, free_port, redis::RedisServer};
 
 /// A name whose slot is that of all keys of the handler.
 const TAG: &str = "{product-cache}";
-/// After how long silence nodes take each other for dead.
-pub const NODE_TIMEOUT_MS: u64 = 1000;
+/// After how long silence nodes take each other for dead: soon, where that is the subject.
+const NODE_TIMEOUT_MS: u64 = 1000;
+/// The same where the owner of the keys is to stay, however slow the machine is.
+const STEADY_NODE_TIMEOUT_MS: u64 = 60_000;
 
 pub struct RedisCluster {
     pub nodes: Vec<RedisServer>,
 }
 
 impl RedisCluster {
+    /// One in which no replica is promoted.
+    pub async fn start_steady() -> Self {
+        let cluster = Self::start().await;
+        for node in &cluster.nodes {
+            node.command(&["CONFIG", "SET", "cluster-node-timeout", &STEADY_NODE_TIMEOUT_MS.to_string()]).await;
+        }
+        cluster.until_whole().await;
+        cluster
+    }
+
     pub async fn start() -> Self {
         let mut nodes = Vec::new();
         let mut bus_ports = Vec::new();
@@ -32,7 +44,7 @@ impl RedisCluster {
         }
         for node in &cluster.nodes {
             eventually("the nodes know each other", async || {
-                (node.info_of_cluster("known_nodes").await == "6").then_some(())
+                (node.info_of_cluster("known_nodes").await? == "6").then_some(())
             })
             .await;
         }
@@ -49,7 +61,7 @@ impl RedisCluster {
     pub async fn until_whole(&self) {
         for node in &self.nodes {
             eventually("the cluster is whole", async || {
-                let is_ok = node.info_of_cluster("state").await == "ok";
+                let is_ok = node.info_of_cluster("state").await? == "ok";
                 let is_followed = match &*node.info("replication", "role").await {
                     "master" => node.info("replication", "connected_slaves").await != "0",
                     _ => node.info("replication", "master_link_status").await == "up",
@@ -65,7 +77,12 @@ impl RedisCluster {
         nodes.iter().map(|node| format!("127.0.0.1:{}", self.nodes[*node].port)).collect::<Vec<_>>().join(",")
     }
 
-    /// The node that holds the handler's keys, as `node` knows it.
+    /// The node that holds the handler's keys.
+    pub async fn owner(&self) -> usize {
+        eventually("a node tells who holds the keys", async || self.owner_by(0).await).await
+    }
+
+    /// The same, as `node` knows it.
     pub async fn owner_by(&self, node: usize) -> Option<usize> {
         self.nodes[node].try_command(&["EXISTS", TAG]).await.map_or_else(
             |error| {
@@ -88,9 +105,10 @@ impl RedisServer {
         redis::from_redis_value(self.command(&["CLUSTER", "MYID"]).await).expect("text")
     }
 
-    async fn info_of_cluster(&self, name: &str) -> String {
-        let info: String = redis::from_redis_value(self.command(&["CLUSTER", "INFO"]).await).expect("text");
+    /// `None` if it does not answer now.
+    async fn info_of_cluster(&self, name: &str) -> Option<String> {
+        let info: String = redis::from_redis_value(self.try_command(&["CLUSTER", "INFO"]).await.ok()?).expect("text");
         let value = info.lines().find_map(|line| line.strip_prefix(&format!("cluster_{name}:")));
-        value.unwrap_or_else(|| panic!("CLUSTER INFO does not tell {name}")).to_owned()
+        Some(value.unwrap_or_else(|| panic!("CLUSTER INFO does not tell {name}")).to_owned())
     }
 }

@@ -18,7 +18,6 @@ mod sqlloop;
 mod supervisor;
 mod trigger;
 
-use std::net::{Ipv4Addr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -59,7 +58,7 @@ impl Host {
     pub async fn start(options: Options) -> Result<Host, StartError> {
         let environment = environment(&options);
         let files = Files::read(&options.script_root, &environment, options.dialect)?;
-        let port = unused_port().map_err(|error| StartError::Refused(format!("no free port: {error}")))?;
+        let port = super::free_port();
         let supervisor = Arc::new(Supervisor::new(options.script_root, files, environment, options.dialect, port));
         let host = Host {
             running: tokio::spawn(Arc::clone(&supervisor).run()),
@@ -192,9 +191,4 @@ impl Drop for Host {
         self.running.abort();
         self.supervisor.shut_down();
     }
-}
-
-/// Bound and closed at once, as the host does; another process may take it in between.
-fn unused_port() -> std::io::Result<u16> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
