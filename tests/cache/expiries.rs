@@ -64,7 +64,7 @@ async fn an_instance_does_not_believe_redis_about_a_key_whose_expiry_it_still_ha
     // Expiries fail from here on; reads do not, and still find the old entry fresh.
     redis.command(&["ACL", "SETUSER", "default", "-hdel"]).await;
     assert!(node.cache.expire(&[key(1), key(2)], Duration::from_millis(200)).await.is_err());
-    let other = Node::new(&truth, Some(&redis.url()), &[]);
+    let other = Node::hearing(&truth, &redis.url(), &[]).await;
     assert_eq!(other.value(1).await, Some(10), "others cannot know");
     for (id, new) in [(1, 11), (2, 21)] {
         let answer = node.read(id).await;

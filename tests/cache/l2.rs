@@ -7,7 +7,7 @@ use tokio::time::{sleep, timeout};
 
 use super::LOG;
 use crate::support::{
-    PATIENCE, eventually,
+    PATIENCE, PROMPT, eventually,
     node::{BUDGET, Node, Truth, key, value},
     redis::RedisServer,
 };
@@ -32,7 +32,7 @@ async fn leases_that_redis_gave_too_late_for_anybody_are_given_back() {
     let redis = RedisServer::start().await;
     let truth = Truth::new(&[(1, 10), (2, 20)]);
     let settings = [("REDIS_POOL_SIZE", "1"), ("CACHE_LEASE_MS", "600000"), ("CACHE_LEASE_WAIT_MS", "60000")];
-    let settings = [&settings[..], &[("REQUEST_TIMEOUT_MS", "100000")]].concat();
+    let settings = [&settings[..], &PROMPT, &[("REQUEST_TIMEOUT_MS", "100000")]].concat();
     let a = Node::hearing(&truth, &redis.url(), &settings).await;
     let b = Node::hearing(&truth, &redis.url(), &settings).await;
     let keys = [key(1), key(2)];
@@ -138,7 +138,8 @@ async fn a_batch_costs_one_round_trip_to_redis_and_one_query_for_what_memory_lac
     let before = reads().await;
     let answers = new.cache.get_or_load(&keys, None, &new.load).await;
     let cost = reads().await - before;
-    assert!(cost < 15, "{cost} reads for a lookup, a fill, and what else goes on"); // not one per key
+    // Not one per key: eighty are looked up, and forty of them filled.
+    assert!(cost < 30, "{cost} reads for a lookup, a fill, and what else goes on");
     let levels: Vec<_> = answers.iter().map(|answer| answer.as_ref().unwrap().how().level).collect();
     assert!(levels[..20].iter().all(|level| *level == Level::Memory));
     assert!(levels[20..60].iter().all(|level| *level == Level::Redis));

@@ -7,7 +7,7 @@ use redis::Value;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::support::{
-    PATIENCE, eventually,
+    PATIENCE, PROMPT, eventually,
     node::{BUDGET, Node, Truth, ended, entry, key, value},
     proxy::{Fault, Link, Proxy},
     redis::RedisServer,
@@ -19,7 +19,7 @@ async fn reads_are_answered_from_the_database_whatever_redis_does() {
     let truth = Truth::new(&(1..=20).map(|id| (id, id as u64)).collect::<Vec<_>>());
     let proxy = Proxy::start(redis.port).await;
     let faults = [Fault::Stall, Fault::Refuse, Fault::CutMidReply, Fault::Garbage, Fault::Slow(Duration::from_secs(2))];
-    let node = Node::hearing(&truth, &proxy.redis_url(), &[]).await;
+    let node = Node::hearing(&truth, &proxy.redis_url(), &PROMPT).await;
     for (id, fault) in (1..).zip(faults) {
         proxy.set(fault);
         for id in [id, id + 10] {
@@ -95,10 +95,11 @@ async fn that_something_is_absent_is_said_for_its_own_time_and_never_stale() {
     for redis_url in [None, Some(redis.url())] {
         let truth = Truth::new(&[]);
         let settings = [("CACHE_ABSENT_DURATION_S", "1")];
+        let began = Instant::now();
         let nodes = [(); 2].map(|()| Node::new(&truth, redis_url.as_deref(), &settings));
         if redis_url.is_some() {
-            nodes[0].until_it_hears().await;
-            nodes[1].until_it_hears().await;
+            nodes[0].until_it_has_heard_since(began).await;
+            nodes[1].until_it_has_heard_since(began).await;
         }
         assert_eq!(nodes[0].value(1).await, None);
         sleep(Duration::from_millis(1100)).await;
@@ -287,11 +288,14 @@ async fn one_pause_of_redis_costs_no_connection_however_many_commands_it_holds_u
 async fn an_entry_that_merely_grew_old_is_served_after_the_soft_timeout_and_the_load_goes_on_for_everybody() {
     let redis = RedisServer::start().await;
     let truth = Truth::new(&[(1, 10)]);
-    let settings = [("CACHE_DURATION_S", "1"), ("CACHE_SOFT_TIMEOUT_MS", "100"), ("CACHE_EAGER_FACTOR", "0")];
+    // What is loaded stays in Redis until another instance has asked for it.
+    let durations = [("CACHE_L1_DURATION_S", "1"), ("CACHE_L2_DURATION_S", "300")];
+    let settings = [&durations[..], &[("CACHE_SOFT_TIMEOUT_MS", "100"), ("CACHE_EAGER_FACTOR", "0")]].concat();
     let node = Node::hearing(&truth, &redis.url(), &settings).await;
     node.value(1).await;
     truth.set(1, 11);
-    sleep(Duration::from_millis(1100)).await; // its duration ends
+    sleep(Duration::from_millis(1100)).await; // its duration in memory ends
+    redis.command(&["DEL", "{product-cache}:thing:1"]).await; // and Redis makes room
     truth.hold();
     let answer = timeout(PATIENCE, node.read(1)).await.expect("no longer than the soft timeout");
     assert_eq!((value(&answer), answer.how().stale), (Some(10), Some(Stale::DatabaseSlow)));
@@ -325,7 +329,10 @@ async fn an_entry_that_was_expired_is_never_served_because_the_database_is_slow(
     for redis_url in [None, Some(redis.url())] {
         let truth = Truth::new(&[(1, 10)]);
         let settings = [("CACHE_SOFT_TIMEOUT_MS", "50")];
-        let node = Node::new(&truth, redis_url.as_deref(), &settings);
+        let node = match &redis_url {
+            Some(url) => Node::hearing(&truth, url, &settings).await,
+            None => Node::new(&truth, None, &settings),
+        };
         node.value(1).await;
         truth.set(1, 11);
         node.cache.expire(&[key(1)], BUDGET).await.unwrap();
@@ -564,9 +571,10 @@ async fn two_hundred_instances_live_on_a_redis_that_allows_250_connections() {
         ("REDIS_CONNECT_TIMEOUT_MS", "10000"),
         ("REQUEST_TIMEOUT_MS", "60000"),
     ];
+    let began = Instant::now();
     let nodes: Vec<_> = (0..200).map(|_| Arc::new(Node::new(&truth, Some(&redis.url()), &settings))).collect();
     for node in &nodes {
-        node.until_it_hears().await;
+        node.until_it_has_heard_since(began).await;
     }
     assert_eq!(redis.clients().await, 200);
     let mut tasks = Vec::new();

@@ -118,7 +118,7 @@ async fn a_fill_is_refused_by_redis_if_another_instance_expired_the_key_meanwhil
     assert_eq!(value(&ended(late).await.unwrap()), Some(11), "came after the expiry");
     let _ = (ended(early).await, ended(joined).await);
     assert_eq!(b.value(1).await, Some(11), "B's memory");
-    let c = Node::new(&truth, Some(&redis.url()), &[]);
+    let c = Node::hearing(&truth, &redis.url(), &[]).await;
     let answer = c.read(1).await;
     assert_eq!((value(&answer), answer.how().level), (Some(11), Level::Redis), "Redis");
 }
@@ -140,7 +140,11 @@ async fn racing_readers_and_expiries_never_show_a_value_older_than_an_acknowledg
     let redis = RedisServer::start().await;
     let truth = Truth::new(&[(1, 0)]);
     for redis_url in [None, Some(redis.url())] {
-        let node = Arc::new(Node::new(&truth, redis_url.as_deref(), &[]));
+        let node = match &redis_url {
+            Some(url) => Node::hearing(&truth, url, &[]).await,
+            None => Node::new(&truth, None, &[]),
+        };
+        let node = Arc::new(node);
         let acknowledged = Arc::new(AtomicUsize::new(0));
         let stop = Arc::new(AtomicBool::new(false));
         let reads = Arc::new(AtomicUsize::new(0));

@@ -15,9 +15,14 @@ use product_cache::{
     foreground::Foreground,
     redis::Redis,
 };
-use tokio::{runtime::Handle, sync::watch, task::JoinHandle, time::timeout};
+use tokio::{
+    runtime::Handle,
+    sync::watch,
+    task::JoinHandle,
+    time::{Instant, timeout},
+};
 
-use super::{PATIENCE, eventually};
+use super::{PATIENCE, PATIENT, eventually};
 
 pub const KIND: &str = "thing";
 pub const BUDGET: Duration = Duration::from_secs(10);
@@ -118,10 +123,12 @@ pub struct Node {
 }
 
 impl Node {
+    /// One that waits for Redis as [`PATIENT`] says, unless the settings say otherwise.
     pub fn new(truth: &Truth, redis_url: Option<&str>, settings: &[(&str, &str)]) -> Self {
         let mut variables: BTreeMap<String, String> = BTreeMap::new();
         variables.insert("CACHE_JITTER_PERCENT".into(), "0".into());
         variables.extend(redis_url.map(|url| ("Redis".to_owned(), url.to_owned())));
+        variables.extend(PATIENT.map(|(name, value)| (name.to_owned(), value.to_owned())));
         variables.extend(settings.iter().map(|(name, value)| (name.to_string(), value.to_string())));
         let config = Config::from_variables(&variables).expect("valid settings");
         let (runtime, foreground) = (Handle::current(), Foreground::of(&Handle::current()));
@@ -132,15 +139,23 @@ impl Node {
 
     /// A node that hears the log already.
     pub async fn hearing(truth: &Truth, redis_url: &str, settings: &[(&str, &str)]) -> Self {
+        let began = Instant::now();
         let node = Self::new(truth, Some(redis_url), settings);
-        node.until_it_hears().await;
+        node.until_it_has_heard_since(began).await;
         node
     }
 
+    /// Waits until the log was heard after this call.
     pub async fn until_it_hears(&self) {
+        self.until_it_has_heard_since(Instant::now()).await;
+    }
+
+    pub async fn until_it_has_heard_since(&self, moment: Instant) {
         eventually("the log is heard", async || {
+            let since = moment.elapsed();
             let status = self.cache.status();
-            (status.log_position.is_some() && status.redis_connected == Some(true)).then_some(())
+            let has_heard = status.log_unheard_for.is_some_and(|unheard| unheard <= since);
+            (has_heard && status.redis_connected == Some(true)).then_some(())
         })
         .await;
     }
