@@ -44,10 +44,11 @@ async fn an_edit_of_the_file_shows_in_every_instance_on_it_without_redis_or_trig
 #[tokio::test]
 async fn a_batch_delivered_to_one_instance_shows_in_all_of_them() {
     let redis = RedisServer::start().await;
-    let mut instances = vec![start().env("Redis", redis.url()).env("FEED_INTERVAL_MS", 0).up().await];
+    let settings = || start().patient().env("Redis", redis.url()).env("FEED_INTERVAL_MS", 0);
+    let mut instances = vec![settings().up().await];
     for _ in 0..3 {
         let folder = instances[0].folder.clone();
-        instances.push(start().env("Redis", redis.url()).env("FEED_INTERVAL_MS", 0).folder(&folder).up().await);
+        instances.push(settings().folder(&folder).up().await);
     }
     for round in 0..5 {
         for instance in &instances {
@@ -120,7 +121,7 @@ async fn a_thousand_requests_for_a_cold_product_on_two_instances_are_one_query()
 async fn an_expiry_of_everything_shows_at_once_where_it_is_acknowledged() {
     let redis = RedisServer::start().await;
     let proxy = Proxy::start(redis.port).await;
-    let instance = start().env("Redis", proxy.redis_url()).env("FEED_INTERVAL_MS", 0).up().await;
+    let instance = start().patient().env("Redis", proxy.redis_url()).env("FEED_INTERVAL_MS", 0).up().await;
     name(&instance, 680).await;
     instance.sql("UPDATE product SET Name = 'new' WHERE ProductID = 680");
     proxy.set_on(Link::Log, Fault::Stall);

@@ -273,7 +273,7 @@ fn ttl(reply: &Reply) -> i64 {
 /// Redis, the instance that filled it, and the one to ask.
 async fn knowing_680_itself_and_706_and_707_from_redis() -> (RedisServer, Instance, Instance) {
     let redis = RedisServer::start().await;
-    let settings = || start().env("Redis", redis.url()).env("FEED_INTERVAL_MS", 0);
+    let settings = || start().patient().env("Redis", redis.url()).env("FEED_INTERVAL_MS", 0);
     let other = settings().up().await;
     let instance = settings().folder(&other.folder).up().await;
     instance.product(680).await;
@@ -444,8 +444,8 @@ async fn an_edit_in_a_shell_is_shown_whatever_form_its_numbers_take() {
 #[tokio::test]
 async fn cache_status_tells_who_answered() {
     let redis = RedisServer::start().await;
-    let first = start().env("Redis", redis.url()).up().await;
-    let second = start().env("Redis", redis.url()).folder(&first.folder).up().await;
+    let first = start().patient().env("Redis", redis.url()).up().await;
+    let second = start().patient().env("Redis", redis.url()).folder(&first.folder).up().await;
     assert_eq!(first.product(680).await.header("cache-status"), "L2; fwd=miss, L1; fwd=miss; stored");
     let hit = first.product(680).await;
     assert!(hit.header("cache-status").starts_with("L1; hit; ttl=2"), "{}", hit.header("cache-status"));
@@ -484,7 +484,7 @@ async fn cache_status_tells_who_answered() {
 async fn each_level_tells_how_long_its_own_entry_is_fresh() {
     let redis = RedisServer::start().await;
     let durations = [("CACHE_L1_DURATION_S", 1), ("CACHE_L2_DURATION_S", 300), ("CACHE_JITTER_PERCENT", 0)];
-    let instance = durations.into_iter().fold(start(), |start, (name, value)| start.env(name, value));
+    let instance = durations.into_iter().fold(start().patient(), |start, (name, value)| start.env(name, value));
     let instance = instance.env("Redis", redis.url()).env("FEED_INTERVAL_MS", 0).up().await;
     instance.product(680).await;
     let reply = eventually("memory's has ended", async || {

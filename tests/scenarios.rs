@@ -30,7 +30,7 @@ fn quiet() -> Start {
         .env("CACHE_EAGER_FACTOR", 0)
         .env("CACHE_HARD_TIMEOUT_MS", 30_000)
         .env("CACHE_LEASE_MS", 40_000)
-        .env("REQUEST_TIMEOUT_MS", 60_000)
+        .patient()
 }
 
 async fn beside(first: &Instance, start: Start) -> Instance {
@@ -254,7 +254,7 @@ pub async fn stampede(instances: &[&Instance], count: usize) {
 #[tokio::test]
 async fn the_loading_instance_killed_in_the_middle_costs_at_most_one_query_more() {
     let redis = RedisServer::start().await;
-    let settings = || quiet().env("Redis", redis.url()).env("CACHE_LEASE_WAIT_MS", 1000);
+    let settings = || quiet().env("Redis", redis.url()).env("CACHE_LEASE_WAIT_MS", 5000);
     let mut first = settings().up().await;
     let second = beside(&first, settings()).await;
     first.drag(50_000_000); // long: it is killed before it ends

@@ -7,6 +7,7 @@ use proptest::{
     prelude::*,
     test_runner::{Config, TestRunner},
 };
+use tokio::time::Instant;
 
 use crate::support::{
     certificates::CERTIFICATES,
@@ -91,10 +92,11 @@ async fn try_one(secret: String) {
         for (name, value) in &variables {
             instance = instance.env(name, value);
         }
+        let began = Instant::now();
         let mut instance = instance.listening().await;
         if variables.len() == 1 && variables[0].0 == "Redis" {
             // Before it hears the log nothing is stored in Redis.
-            eventually("it hears", async || hears(&instance.status().await).then_some(())).await;
+            eventually("it hears", async || hears(&instance.status().await, began).then_some(())).await;
         }
         let code = encoded(&secret);
         let mut sent = String::new();
@@ -128,7 +130,9 @@ async fn try_one(secret: String) {
     ] {
         let mut instance = start().env(name, value).env("CACHE_DURATION_S", "never").spawn();
         assert_eq!(instance.exit_code().await, Some(2), "{name}");
-        assert_untold(&secret, name, &instance.stderr.text());
+        let said = instance.stderr.text();
+        assert!(said.contains("CACHE_DURATION_S"), "something is said: {said}");
+        assert_untold(&secret, name, &said);
     }
     // What was stored: names and contents.
     let mut stored = String::new();

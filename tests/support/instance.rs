@@ -9,9 +9,10 @@ use std::{
 };
 
 use tempfile::TempDir;
+use tokio::time::Instant;
 
 use super::{
-    eventually,
+    PATIENT, eventually,
     host::{self, Host, Options},
     http::{self, Reply},
     signal,
@@ -35,6 +36,11 @@ impl Start {
     pub fn env(mut self, name: &str, value: impl ToString) -> Self {
         self.environment.push((name.to_owned(), value.to_string()));
         self
+    }
+
+    /// Waits for Redis as [`PATIENT`] says.
+    pub fn patient(self) -> Self {
+        PATIENT.iter().fold(self, |start, (name, value)| start.env(name, value))
     }
 
     /// Runs in this folder instead of one of its own; its embedded database is then shared.
@@ -67,25 +73,29 @@ impl Start {
 
     /// Starts the process and waits until it hears of changes: from then on what it remembers stays remembered.
     pub async fn up(self) -> Instance {
+        let began = Instant::now();
         let instance = self.listening().await;
-        eventually("the instance hears", async || hears(&instance.status().await).then_some(())).await;
+        eventually("the instance hears", async || hears(&instance.status().await, began).then_some(())).await;
         instance
     }
 }
 
 /// A host whose handler hears of expiries: from then on what it remembers, and gives Redis, stays.
 pub async fn hearing(options: Options) -> Host {
+    let began = Instant::now();
     let host = Host::start(options).await.unwrap_or_else(|error| panic!("{error:?}"));
     let status = async || Some(host.direct(host::Request::get("/")).await.ok()?.json());
-    eventually("the handler hears", async || status().await.filter(hears)).await;
+    eventually("the handler hears", async || status().await.filter(|status| hears(status, began))).await;
     host
 }
 
-/// Whether an instance with this status hears of changes from everywhere it listens to.
-pub fn hears(status: &serde_json::Value) -> bool {
-    let feed = status["changeFeed"].is_null() || status["changeFeed"]["unheardSeconds"].is_number();
-    let log = status["redis"].is_null() || status["redis"]["logUnheardSeconds"].is_number();
-    feed && log
+/// Whether an instance with this status has heard of changes since then from everywhere it listens to.
+pub fn hears(status: &serde_json::Value, since: Instant) -> bool {
+    let passed = since.elapsed().as_secs_f64();
+    let has_heard = |from: &str, unheard: &str| {
+        status[from].is_null() || status[from][unheard].as_f64().is_some_and(|unheard| unheard <= passed)
+    };
+    has_heard("changeFeed", "unheardSeconds") && has_heard("redis", "logUnheardSeconds")
 }
 
 /// Delivers a trigger batch about these products to whoever listens at this port.
@@ -146,9 +156,12 @@ impl Instance {
         super::drag(&self.database(), steps);
     }
 
-    /// Waits for the end; `None` if a signal ended it.
+    /// Waits for the end, and until all it has written can be read; `None` if a signal ended it.
     pub async fn exit_code(&mut self) -> Option<i32> {
-        eventually("the process ends", async || self.child.try_wait().expect("waits")).await.code()
+        let status = eventually("the process ends", async || self.child.try_wait().expect("waits")).await;
+        let is_read = || self.stdout.is_over() && self.stderr.is_over();
+        eventually("what it wrote is read", async || is_read().then_some(())).await;
+        status.code()
     }
 
     pub async fn get(&self, target: &str) -> Reply {
@@ -183,25 +196,32 @@ impl Instance {
 }
 
 /// The lines a process has written so far.
-#[derive(Clone)]
-pub struct Lines(Arc<Mutex<String>>);
+pub struct Lines {
+    text: Arc<Mutex<String>>,
+    reader: thread::JoinHandle<()>,
+}
 
 impl Lines {
     fn follow(stream: impl Read + Send + 'static) -> Self {
-        let lines = Self(Arc::default());
-        let written = lines.clone();
-        thread::spawn(move || {
+        let text: Arc<Mutex<String>> = Arc::default();
+        let written = text.clone();
+        let reader = thread::spawn(move || {
             for line in BufReader::new(stream).lines().map_while(Result::ok) {
-                let mut text = written.0.lock().expect("not poisoned");
+                let mut text = written.lock().expect("not poisoned");
                 text.push_str(&line);
                 text.push('\n');
             }
         });
-        lines
+        Self { text, reader }
     }
 
     pub fn text(&self) -> String {
-        self.0.lock().expect("not poisoned").clone()
+        self.text.lock().expect("not poisoned").clone()
+    }
+
+    /// Whether there will be no more.
+    fn is_over(&self) -> bool {
+        self.reader.is_finished()
     }
 
     pub async fn wait_for(&self, part: &str) {
