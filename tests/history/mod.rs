@@ -23,7 +23,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
     time::Duration,
@@ -34,19 +34,21 @@ use tokio::time::sleep;
 use self::{
     checker::{Checker, GRACE, distribution},
     cluster::{Cluster, KEYS},
-    nemesis::{After, Nemesis, plan},
+    nemesis::{After, Nemesis, RECOVERY, plan},
     record::{Acknowledgement, Disturbance, Excuse, NEVER, Recorder, Seen, Write},
     workload::World,
 };
-use crate::support::{database::Engine, redis::RedisServer};
+use crate::support::{PATIENCE, database::Engine, redis::RedisServer};
 
 const INSTANCES: usize = 3;
 /// Length of the nemesis' plan where HISTORY_SECONDS does not say.
 const LENGTH: Duration = Duration::from_secs(10);
-/// From the last heal, and the last acknowledgement, to the moment when every instance shows what the database holds.
-const CONVERGENCE: Duration = Duration::from_secs(6);
-/// A pause of the test's own process that is noted, as it delays everything.
+/// A pause of the test's own process that is noted, as it delays everything: hearing the log, and from a length of some
+/// of the handler's deadlines on what those bound.
 const HICCUP: Duration = Duration::from_millis(100);
+const LONG_HICCUP: Duration = Duration::from_millis(400);
+/// All of them together, from which on too little may have happened.
+const MOST_HICCUPS: Duration = Duration::from_secs(3);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_outdated_is_shown_whatever_happens() {
@@ -88,8 +90,9 @@ async fn run(seed: u64, engine: Engine, length: Duration) {
         recorder.history().writes.push(Write { key, version: 1, deleted: false, begun, committed, acknowledged });
     }
     let [writing, reading] = [(); 2].map(|()| Arc::new(AtomicBool::new(true)));
-    let world = World { cluster, recorder, seed, changing: Arc::default(), writing, reading };
-    let pulse = feel_the_pulse(world.recorder.clone(), world.reading.clone());
+    let (changing, hiccups) = Default::default();
+    let world = World { cluster, recorder, seed, changing, writing, reading, hiccups };
+    let pulse = feel_the_pulse(world.recorder.clone(), world.reading.clone(), world.hiccups.clone());
     let (writers, readers) = (world.write(), world.read());
     sleep(Duration::from_millis(500)).await;
 
@@ -141,7 +144,7 @@ async fn settle(world: &World) -> Vec<String> {
             late.extend(wrong.map(tell));
         }
         let took = world.recorder.now() - began;
-        if late.is_empty() || took > CONVERGENCE {
+        if late.is_empty() || took > PATIENCE {
             println!("history: settled after {} ms", took.as_millis());
             return late;
         }
@@ -183,22 +186,35 @@ fn judge(world: &World, steps: &[nemesis::Step], late: Vec<String>) {
         let first = violations.first().map_or_else(String::new, |violation| violation.what.clone());
         panic!("seed {}: {} violations {first}; not converged: {late:#?}", world.seed, violations.len());
     }
-    // A test in which nothing happened has shown nothing.
+    // A test in which nothing happened has shown nothing, unless the machine had no time for it.
     let least = (memory > 100 && redis > 5 && database > 30, acknowledged > 25, right.len() > 25);
-    assert_eq!(least, (true, true, true), "seed {}: too little happened", world.seed);
+    let hiccups = world.hiccups.load(Ordering::SeqCst);
+    if hiccups > MOST_HICCUPS.as_millis() as u64 {
+        println!("history: the machine paused for {hiccups} ms in all; what happened: {least:?}");
+    } else {
+        assert_eq!(least, (true, true, true), "seed {}: too little happened", world.seed);
+    }
     assert!(!steps.is_empty(), "seed {}: no step of the plan fits", world.seed);
 }
 
 /// Notes when the machine does not let this process run: then the others do not run in time either.
-fn feel_the_pulse(recorder: Arc<Recorder>, reading: Arc<AtomicBool>) -> thread::JoinHandle<()> {
+fn feel_the_pulse(
+    recorder: Arc<Recorder>,
+    reading: Arc<AtomicBool>,
+    hiccups_ms: Arc<AtomicU64>,
+) -> thread::JoinHandle<()> {
     thread::spawn(move || {
         while reading.load(Ordering::SeqCst) {
             let before = recorder.now();
             thread::sleep(Duration::from_millis(10));
             let after = recorder.now();
-            if after - before > HICCUP {
-                let what = format!("the machine paused for {} ms", (after - before).as_millis());
-                let (instance, excuse, recovery) = (None, Excuse::Deafness, GRACE);
+            let took = after - before;
+            if took > HICCUP {
+                let what = format!("the machine paused for {} ms", took.as_millis());
+                hiccups_ms.fetch_add(took.as_millis() as u64, Ordering::SeqCst);
+                let (excuse, recovery) =
+                    if took < LONG_HICCUP { (Excuse::Deafness, GRACE) } else { (Excuse::Pause, RECOVERY) };
+                let instance = None;
                 let hiccup = Disturbance { what, from: NEVER, to: NEVER, instance, excuse, recovery };
                 let place = recorder.disturbed(hiccup);
                 let hiccup = &mut recorder.history().disturbances[place];

@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -38,6 +38,8 @@ pub struct World {
     pub changing: Arc<RwLock<()>>,
     pub writing: Arc<AtomicBool>,
     pub reading: Arc<AtomicBool>,
+    /// How long the machine has not run this process, in milliseconds.
+    pub hiccups: Arc<AtomicU64>,
 }
 
 impl World {
