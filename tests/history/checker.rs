@@ -1,8 +1,9 @@
 //! What a history may not contain. Knows no process: it judges what was noted.
 //!
-//! An answer that does not call itself stale is never older than an expiry that was acknowledged before its read began,
-//! except: on another instance than the one that acknowledged, for [`GRACE`]; and while that instance is disturbed in
-//! hearing the log, for [`DEAF`]. An instance that began to live after the acknowledgement has no excuse.
+//! An answer that does not say that the database failed is never older than an expiry that was acknowledged before its
+//! read began, except: on another instance than the one that acknowledged, for [`GRACE`]; and while that instance is
+//! disturbed in hearing the log, for [`DEAF`], or for as long as it says that the database is slow. An instance that
+//! began to live after the acknowledgement has no excuse.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -80,7 +81,7 @@ impl<'a> Checker<'a> {
             _ if read.says_failed() && !excused(Excuse::Pause) && !self.ignorant(read) => {
                 return violation("stale though the database answers".to_owned(), read.from);
             }
-            _ if read.says_stale() => return None,
+            _ if read.says_failed() || read.says_slow() && !read.alone => return None,
             _ => {}
         }
         let newer = match self.newest_it_can_be(read) {
@@ -127,7 +128,8 @@ impl<'a> Checker<'a> {
         if reborn || read.instance == acknowledged.instance {
             Duration::ZERO
         } else if self.excused(read.instance, acknowledged.at, read.from, Excuse::Deafness) {
-            DEAF
+            // What merely grew old is served for slowness, and who is deaf does not know that it is more than old.
+            if read.says_slow() { Duration::MAX } else { DEAF }
         } else {
             GRACE
         }
@@ -236,6 +238,8 @@ mod tests {
     const KEY: i64 = 5000;
     const SOUND: &str = "L1; hit; ttl=9";
     const STALE: &str = "L1; hit; ttl=0; detail=database-failed";
+    const SLOW: &str = "L1; hit; ttl=0; detail=database-slow";
+    const SLOW_BATCH: &str = "L1; hit; ttl=0; detail=\"database-slow: memory 2, redis 0, database 0\"";
 
     fn ms(ms: u64) -> Time {
         Duration::from_millis(ms)
@@ -267,6 +271,7 @@ mod tests {
             to: ms(from + 1),
             seen: seen.clone(),
             status: (*status).to_owned(),
+            alone: !status.contains("memory "),
         };
         let history = History {
             reads: reads.iter().map(read).collect(),
@@ -301,6 +306,12 @@ mod tests {
             ("stale, and says so", paused(), (1, 8000, Version(1), STALE), ""),
             ("stale without need", deaf(), (1, 8000, Version(1), STALE), "stale though the database answers"),
             ("stale while the database is away", ignorant(), (1, 8000, Version(1), STALE), ""),
+            ("slow, and expired here", vec![], (0, 1003, Version(1), SLOW), "version 2 was acknowledged"),
+            ("slow, and expired elsewhere", vec![], (1, 1600, Version(1), SLOW), "version 2 was acknowledged"),
+            ("slow while the database is away", ignorant(), (1, 1600, Version(1), SLOW), "version 2 was acknowledged"),
+            ("slow, of several", vec![], (0, 1003, Version(1), SLOW_BATCH), ""),
+            ("slow and deaf", deaf(), (1, 8000, Version(1), SLOW), ""),
+            ("slow, and not expired", vec![], (1, 900, Version(1), SLOW), ""),
             ("stale without saying so", ignorant(), (1, 1600, Version(1), SOUND), "version 2 was acknowledged"),
             ("503 while the database is away", ignorant(), (1, 8000, Unavailable, ""), ""),
             ("from the future", vec![], (1, 900, Version(2), SOUND), "a version that was not written yet"),

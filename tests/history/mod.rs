@@ -159,11 +159,15 @@ fn judge(world: &World, steps: &[nemesis::Step], late: Vec<String>) {
     let (right, wrong) = checker.propagation();
     let level = |level: &str| history.reads.iter().filter(|read| read.status.starts_with(level)).count();
     let (memory, redis, database) = (level("L1; hit"), level("L2; hit"), level("L2; fwd"));
+    let failed = history.reads.iter().filter(|read| read.says_failed()).count();
+    let slow = history.reads.iter().filter(|read| read.says_slow()).count();
+    let slow_alone = history.reads.iter().filter(|read| read.says_slow() && read.alone).count();
     let acknowledged = history.writes.iter().filter(|write| write.acknowledged.is_some()).count();
     let by_itself = history.writes.iter().filter(|write| write.acknowledged.is_some_and(|told| told.late)).count();
     println!(
-        "history: {} reads (memory {memory}, redis {redis}, database {database}), {} writes ({acknowledged} \
-         acknowledged, {by_itself} of them after a 503), {} faults",
+        "history: {} reads (memory {memory}, redis {redis}, database {database}; stale: for failure {failed}, for \
+         slowness {slow}, {slow_alone} of them alone), {} writes ({acknowledged} acknowledged, {by_itself} of them \
+         after a 503), {} faults",
         history.reads.len(),
         history.writes.len(),
         history.disturbances.len(),

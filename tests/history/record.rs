@@ -37,12 +37,19 @@ pub struct Read {
     pub seen: Seen,
     /// `Cache-Status` as it came.
     pub status: String,
+    /// Whether it is about this key alone: of a GET of several it tells one reason for being stale, of one of them.
+    pub alone: bool,
 }
 
 impl Read {
     /// Whether the answer itself says that it may be outdated.
     pub fn says_stale(&self) -> bool {
-        self.says_failed() || self.status.contains("database-slow")
+        self.says_failed() || self.says_slow()
+    }
+
+    /// Whether it says that the database is slow.
+    pub fn says_slow(&self) -> bool {
+        self.status.contains("database-slow")
     }
 
     /// Whether it says that the database failed.

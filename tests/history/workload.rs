@@ -106,7 +106,7 @@ impl World {
         let noted = keys.iter().zip(&seen).filter(|(key, _)| KEYS.contains(key));
         let reads = noted.map(|(key, seen)| {
             let (seen, status) = (seen.clone(), status.clone());
-            Read { instance, life, key: *key, from, to, seen, status }
+            Read { instance, life, key: *key, from, to, seen, status, alone: keys.len() == 1 }
         });
         self.recorder.history().reads.extend(reads);
         seen
