@@ -1,5 +1,8 @@
 //! Several instances as processes: what one is told, all of them show.
 
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, sleep_until};
 #[cfg(target_os = "linux")]
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -131,6 +134,32 @@ async fn an_expiry_of_everything_shows_at_once_where_it_is_acknowledged() {
     proxy.set(Fault::None);
     instance.status().await;
     assert_eq!(name(&instance, 680).await, "new");
+}
+
+/// What its read of the log, sent before the stop, brings after it was heard before the stop, too.
+#[tokio::test]
+async fn an_instance_that_was_stopped_for_longer_than_it_may_trust_its_memory_does_not_believe_it_when_it_goes_on() {
+    let redis = RedisServer::start().await;
+    let proxy = Proxy::start(redis.port).await;
+    let settings = |url: String| {
+        let start = start().patient().env("Redis", url).env("FEED_INTERVAL_MS", 0).env("CACHE_UNHEARD_MAX_S", 3);
+        // So that the read of the log is not late, and no load slow, because of the stop.
+        start.env("REDIS_RESPONSE_TIMEOUT_MS", 10_000).env("CACHE_SOFT_TIMEOUT_MS", 0)
+    };
+    let stopped = settings(proxy.redis_url()).up().await;
+    let other = settings(redis.url()).folder(&stopped.folder).up().await;
+    name(&stopped, 680).await;
+    other.sql("UPDATE product SET Name = 'new' WHERE ProductID = 680");
+    stopped.signal("STOP");
+    let began = Instant::now();
+    assert_eq!(other.invalidate(&[706]).await.status, 200);
+    sleep(Duration::from_millis(500)).await; // the notice is there, and the last to come through
+    proxy.set_on(Link::Log, Fault::Stall);
+    assert_eq!(other.invalidate(&[680]).await.status, 200);
+    sleep_until(began + Duration::from_millis(3200)).await;
+    stopped.signal("CONT");
+    sleep(Duration::from_millis(200)).await; // it has taken the notice
+    assert_eq!(name(&stopped, 680).await, "new");
 }
 
 #[cfg(target_os = "linux")]
