@@ -215,6 +215,17 @@ async fn fail_safe_ends_at_its_maximum_age() {
 }
 
 #[tokio::test]
+async fn fail_safe_can_be_off() {
+    let truth = Truth::new(&[(1, 10)]);
+    let node = Node::new(&truth, None, &[("CACHE_FAIL_SAFE_MAX_S", "0")]);
+    node.value(1).await;
+    truth.fail(true);
+    assert_eq!(node.value(1).await, Some(10), "what is fresh is no stale copy");
+    node.cache.expire(&[key(1)], BUDGET).await.unwrap();
+    assert!(node.try_read(1).await.is_err(), "and what is expired is never served");
+}
+
+#[tokio::test]
 async fn memory_stays_within_its_bytes_and_large_bodies_stay_out() {
     let truth = Truth::new(&[]);
     let node = Node::new(&truth, None, &[("CACHE_L1_MAX_BYTES", "1048576"), ("CACHE_MAX_BODY_BYTES", "65536")]);
@@ -308,6 +319,24 @@ async fn an_entry_that_merely_grew_old_is_served_after_the_soft_timeout_and_the_
     let other = Node::hearing(&truth, &redis.url(), &settings).await;
     assert_eq!(value(&other.read(1).await), Some(11));
     assert_eq!(truth.loads(), 2, "one load, for this instance and the other");
+}
+
+#[tokio::test]
+async fn the_soft_timeout_can_be_off() {
+    let truth = Truth::new(&[(1, 10)]);
+    let settings = [("CACHE_DURATION_S", "1"), ("CACHE_SOFT_TIMEOUT_MS", "0"), ("CACHE_EAGER_FACTOR", "0")];
+    let node = Node::new(&truth, None, &settings);
+    node.value(1).await;
+    truth.set(1, 11);
+    sleep(Duration::from_millis(1100)).await; // its duration ends
+    truth.hold();
+    let reader = node.begin(1);
+    truth.begun(2).await;
+    sleep(Duration::from_secs(1)).await; // twice the default
+    assert!(!reader.is_finished(), "it waits for its load, however slow");
+    truth.release();
+    let answer = ended(reader).await.unwrap();
+    assert_eq!((value(&answer), answer.how().stale), (Some(11), None));
 }
 
 #[tokio::test]
@@ -461,13 +490,22 @@ async fn a_refresh_that_fails_is_not_tried_again_by_each_reader() {
 }
 
 #[tokio::test]
-async fn eager_refresh_can_be_off_and_cold_entries_never_cause_one() {
+async fn eager_refresh_can_be_off_and_entries_far_from_their_end_never_cause_one() {
     let truth = Truth::new(&[(1, 10)]);
-    let node = Node::new(&truth, None, &[("CACHE_EAGER_FACTOR", "0"), ("CACHE_DURATION_S", "2")]);
+    let settings = [("CACHE_EAGER_FACTOR", "0"), ("CACHE_DURATION_S", "5"), ("CACHE_SOFT_TIMEOUT_MS", "0")];
+    let node = Node::new(&truth, None, &settings);
+    // With the default factor, every other read would begin a refresh from the first one on.
+    load_slowly(&truth, &node, Duration::from_secs(2)).await;
+    for _ in 0..100 {
+        node.value(1).await;
+        sleep(Duration::from_millis(1)).await; // a refresh would begin meanwhile
+    }
+    assert_eq!(truth.loads(), 1, "off");
+    let node = Node::new(&truth, None, &[]);
     for _ in 0..1000 {
         node.value(1).await;
     }
-    assert_eq!(truth.loads(), 1);
+    assert_eq!(truth.loads(), 2, "loaded in no time, and fresh for minutes");
 }
 
 // ---- the gate before the database -------------------------------------------------------------------------------
