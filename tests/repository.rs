@@ -14,6 +14,16 @@ fn json(path: &str) -> Value {
     serde_json::from_str(&read(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
 }
 
+/// What is in the repository.
+fn tracked_files() -> Vec<String> {
+    let listed = std::process::Command::new("git").args(["ls-files"]).current_dir(env!("CARGO_MANIFEST_DIR")).output();
+    let listed = listed.expect("git");
+    assert!(listed.status.success(), "{}", String::from_utf8_lossy(&listed.stderr));
+    let files: Vec<_> = String::from_utf8(listed.stdout).expect("UTF-8").lines().map(str::to_owned).collect();
+    assert!(files.iter().any(|file| file == "host.json"), "git lists the repository: {files:?}");
+    files
+}
+
 #[test]
 fn host_json_is_what_the_host_needs() {
     let host = json("host.json");
@@ -86,12 +96,10 @@ fn the_readmes_settings_are_the_programs() {
 fn every_file_the_package_must_not_hold_is_ignored_by_core_tools() {
     let ignored = read(".funcignore");
     // What is in the repository, and what a build leaves beside it; a person's own files are theirs.
-    let listed = std::process::Command::new("git").args(["ls-files"]).current_dir(env!("CARGO_MANIFEST_DIR")).output();
-    let listed = String::from_utf8(listed.expect("git").stdout).expect("UTF-8");
-    let tracked = listed.lines().map(|path| path.split('/').next().unwrap_or(path).to_owned());
+    let tracked = tracked_files();
+    let tracked = tracked.iter().map(|path| path.split('/').next().unwrap_or(path).to_owned());
     let names: std::collections::BTreeSet<_> =
         tracked.chain(["target", "product-cache.db", "product-cache.db-wal"].map(str::to_owned)).collect();
-    assert!(names.contains("host.json"), "git lists the repository: {names:?}");
     for name in names {
         if [".git", ".funcignore", ".gitignore", ".vscode", "local.settings.json"].contains(&name.as_str()) {
             continue; // never packed, whatever .funcignore says
@@ -135,11 +143,9 @@ fn every_source_file_says_what_it_owns() {
 
 #[test]
 fn no_merge_was_left_half_done_and_every_script_can_be_read() {
-    let listed = std::process::Command::new("git").args(["ls-files"]).current_dir(env!("CARGO_MANIFEST_DIR")).output();
-    let listed = String::from_utf8(listed.expect("git").stdout).expect("UTF-8");
     let marks = ["<<<<<<< ", ">>>>>>> "];
-    for file in listed.lines() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+    for file in tracked_files() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(&file);
         let Ok(text) = fs::read_to_string(&path) else { continue };
         assert!(!text.lines().any(|line| marks.iter().any(|mark| line.starts_with(mark))), "{file}");
         if text.starts_with("#!/usr/bin/env bash") {
