@@ -97,3 +97,26 @@ impl Write for Line {
         self.0.flush()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_is_let_through_once_a_second_and_tells_how_often_it_was_not() {
+        let limiter = LogLimiter::default();
+        assert_eq!(limiter.next(), Some(0), "the first one");
+        assert_eq!([limiter.next(), limiter.next(), limiter.next()], [None; 3]);
+        advance(Duration::from_millis(999)).await;
+        assert_eq!(limiter.next(), None);
+        advance(Duration::from_millis(1)).await;
+        assert_eq!(limiter.next(), Some(4), "a second after the last one that was said");
+        assert_eq!(limiter.next(), None);
+        advance(Duration::from_secs(60)).await;
+        assert_eq!(limiter.next(), Some(1), "each is counted once");
+        advance(Duration::from_secs(60)).await;
+        assert_eq!(limiter.next(), Some(0), "and nothing that was said");
+    }
+}

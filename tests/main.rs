@@ -19,6 +19,7 @@ mod host_stand_in;
 mod infrastructure;
 mod invalidate_cache;
 mod model;
+mod operations;
 mod package;
 mod redis_servers;
 mod repository;
