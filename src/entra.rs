@@ -98,7 +98,8 @@ impl TokenSource {
         Self { shared: Arc::new(Shared { endpoint, resource, client_id, kept, asking }) }
     }
 
-    /// A valid token, or why there is none. Renews one that is about to end in the background.
+    /// A valid token, or why there is none. Renews one that is about to end in the background; one that is asked for is kept
+    /// though whoever asked may not wait for it.
     pub(crate) async fn token(&self) -> Result<Secret, String> {
         let began = Instant::now();
         if let Some(token) = self.shared.valid() {
@@ -107,7 +108,8 @@ impl TokenSource {
             }
             return Ok(token.text);
         }
-        self.shared.ask(began).await
+        let shared = self.shared.clone();
+        tokio::spawn(async move { shared.ask(began).await }).await.unwrap_or_else(|error| Err(error.to_string()))
     }
 
     /// Waits until there is another token than this one, renewing it when it is due; for ever, if need be.
@@ -319,6 +321,21 @@ mod tests {
         assert!(!due());
         source.refused(&text);
         assert!(due());
+    }
+
+    #[tokio::test]
+    async fn a_token_is_kept_though_whoever_asked_for_it_is_gone() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let url = format!("http://{}/token", listener.local_addr().expect("bound"));
+        let endpoint = IdentityEndpoint { url, header: Secret::from("h") };
+        let source = TokenSource::new(Some(endpoint), "r", None);
+        assert!(timeout(Duration::from_millis(50), source.token()).await.is_err(), "nobody has answered");
+        let (mut client, _) = listener.accept().await.expect("it has asked");
+        let body = r#"{"access_token":"t","expires_in":3600}"#;
+        let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+        tokio::io::AsyncWriteExt::write_all(&mut client, answer.as_bytes()).await.expect("it is still there");
+        drop(listener); // nobody can ask again
+        assert_eq!(source.token().await.as_ref().map(Secret::reveal), Ok("t"));
     }
 
     #[test]

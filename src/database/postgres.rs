@@ -243,12 +243,12 @@ impl Engine for Postgres {
 
 /// An expression for what tells a feed from others, and from itself after it was restored or taken over by a standby, or
 /// what no trigger tells was done to the table: cluster, timeline, database, tables and triggers. Empty if those do not
-/// hear of everything; NULL on a standby.
+/// hear of everything (a view's are not its own); NULL on a standby.
 fn origin(table: &'static Table) -> String {
     // The control file's timeline is that of the last checkpoint, minutes behind a promotion. A trigger's type says what
     // it hears of: 4 INSERT, 8 DELETE, 16 UPDATE, 32 TRUNCATE. In catalogues, xmin says when something was last altered.
     format!(
-        "(SELECT CASE WHEN triggers.events & 60 = 60 THEN concat_ws('.', system_identifier,
+        "(SELECT CASE WHEN class.relkind NOT IN ('r', 'p') OR triggers.events & 60 = 60 THEN concat_ws('.', system_identifier,
             left(pg_walfile_name(pg_current_wal_lsn()), 8), database.oid, '{0}_change'::regclass::oid,
             class.oid, class.xmin, triggers.altered) ELSE '' END
           FROM pg_control_system(), pg_database AS database, pg_class AS class, (

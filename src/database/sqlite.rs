@@ -195,8 +195,8 @@ impl Sqlite {
             "SELECT max(coalesce((SELECT seq FROM sqlite_sequence WHERE name = '{0}_change'), 0),
                coalesce((SELECT max(version) FROM {0}_change), 0)),
                (SELECT schema_version FROM pragma_schema_version),
-               (SELECT count(*) FROM sqlite_schema WHERE type = 'trigger' AND tbl_name LIKE '{0}'
-                  AND sql LIKE '%{0}_change%')",
+               (SELECT sum(type = 'trigger' AND tbl_name LIKE '{0}' AND sql LIKE '%{0}_change%')
+                  + 3 * sum(type = 'view' AND name LIKE '{0}') FROM sqlite_schema)",
             table.name
         );
         let latest = self.opened().await?.pool.run(|session| {
@@ -204,7 +204,7 @@ impl Sqlite {
             async move { query.fetch_one(&mut session.connection).await.map_err(failure) }.boxed()
         });
         let (latest, schema, triggers): (i64, i64, i64) = latest.await?;
-        // One for each of INSERT, UPDATE and DELETE.
+        // One for each of INSERT, UPDATE and DELETE; those behind a view are not looked for.
         if triggers < 3 { Err(super::lacks_triggers("sql/sqlite.sql")) } else { Ok((latest, schema)) }
     }
 

@@ -126,7 +126,8 @@ fn many(app: &App, head: &RequestHead, answers: &[Answer], forward: &str) -> Res
     }));
 
     // The whole is as fresh as its stalest part and came from as far as its farthest.
-    let farthest = answers.iter().max_by_key(|answer| (answer.how().stale.is_some(), answer.how().level));
+    let staleness = |stale: Option<Stale>| stale.map(|why| why == Stale::DatabaseFailed);
+    let farthest = answers.iter().max_by_key(|answer| (staleness(answer.how().stale), answer.how().level));
     let ttl_s = answers.iter().map(Answer::ttl_s).min().unwrap_or(0);
     let age_s = answers.iter().map(|answer| answer.unverified_for().as_secs()).max().unwrap_or(0);
     let count = |level| answers.iter().filter(|answer| answer.how().level == level).count();

@@ -292,8 +292,8 @@ pub(super) async fn keep(
     let mut pause = shortest;
     loop {
         if let Some(tokens) = &pool.manager().tokens {
-            // Before the deadline of connecting begins: a request for a token that is cut short is never kept. If there
-            // is none, connecting says why.
+            // Before the deadline of connecting begins, which asking for one may outlast. If there is none, connecting
+            // says why.
             let _ = tokens.token().await;
         }
         let connecting = || {

@@ -258,7 +258,7 @@ async fn a_transaction_that_stays_open_for_long_is_told_when_it_commits(engine: 
 
 async fn a_transaction_that_stays_open_stops_no_feed_that_must_be_quick(engine: Engine) {
     let server = DatabaseServer::start(engine).await;
-    let settings = [("CACHE_HARD_TIMEOUT_MS", "500"), ("DATABASE_CONNECT_TIMEOUT_MS", "400")];
+    let settings = [("CACHE_HARD_TIMEOUT_MS", "3000"), ("DATABASE_CONNECT_TIMEOUT_MS", "2400")];
     let database = database(&server.url(), &settings);
     let position = database.latest_change(&TABLE).await.unwrap();
     let mut reader = Reader { database, position };
@@ -292,7 +292,8 @@ async fn no_change_of_concurrent_writers_is_skipped(engine: Engine) {
     let server = DatabaseServer::start(engine).await;
     let mut reader = Reader::new(&server).await;
     let ids: Vec<i64> = {
-        let reference = database("", &[]);
+        let catalogue = DatabaseServer::start(Engine::Sqlite).await;
+        let reference = database(&catalogue.url(), &[]);
         let all = super::products(&reference, &(1..1100).collect::<Vec<_>>()).await.unwrap();
         all.into_iter().map(|(id, _)| id).collect()
     };
@@ -642,6 +643,21 @@ async fn a_table_that_lost_its_triggers_is_not_heard_and_nobody_knows_what_chang
             server.sql(remedy).await;
             assert_eq!(reader.told().await, None, "{trouble} for a moment");
         }
+    }
+}
+
+#[tokio::test]
+async fn a_view_of_a_table_whose_triggers_tell_what_changes_is_heard() {
+    for engine in [Engine::Postgres, Engine::Sqlite] {
+        let server = DatabaseServer::start(engine).await;
+        server.sql("ALTER TABLE product RENAME TO wares; CREATE VIEW product AS SELECT * FROM wares").await;
+        if engine == Engine::Postgres {
+            server.sql("GRANT SELECT ON product TO handler").await;
+        }
+        let mut reader = Reader::new(&server).await;
+        assert_eq!(reader.told().await, Some(vec![]), "{engine:?}");
+        server.sql("UPDATE wares SET Color = 'Red' WHERE ProductID = 706").await;
+        assert_eq!(reader.told().await, Some(vec![706]), "{engine:?}");
     }
 }
 

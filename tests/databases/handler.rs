@@ -40,11 +40,7 @@ enum Trouble {
 }
 
 pub fn on(url: &str) -> Start {
-    start()
-        .env("Sql", url)
-        .env("CACHE_HARD_TIMEOUT_MS", 1000)
-        .env("DATABASE_CONNECT_TIMEOUT_MS", 800)
-        .env("CACHE_FAIL_SAFE_THROTTLE_S", 1)
+    start().env("Sql", url).env("CACHE_FAIL_SAFE_THROTTLE_S", 1)
 }
 
 pub fn shows(reply: &Reply, name: &str) -> bool {
@@ -86,9 +82,10 @@ async fn fault(engine: Engine, trouble: Trouble, answers: bool) {
         rename(&server, id, "old").await;
     }
     let settings = |url: &str| on(url).env("Redis", redis.url()).env("FEED_INTERVAL_MS", 0);
-    let instance = settings(&server.url_by(proxy.port)).env("DATABASE_MAX_CONNECTIONS", 3).up().await;
+    let prompt = settings(&server.url_by(proxy.port)).env("CACHE_HARD_TIMEOUT_MS", 1000);
+    let instance = prompt.env("DATABASE_CONNECT_TIMEOUT_MS", 800).env("DATABASE_MAX_CONNECTIONS", 3).up().await;
     for id in [HIT, STALE] {
-        assert!(shows(&instance.product(id).await, "old"));
+        eventually("it is known", async || shows(&instance.product(id).await, "old").then_some(())).await;
     }
     rename(&server, STALE, "new").await;
     match trouble {
@@ -123,7 +120,7 @@ async fn fault(engine: Engine, trouble: Trouble, answers: bool) {
     }
     eventually("a miss is loaded", async || shows(&instance.product(MISS).await, "old").then_some(())).await;
     eventually("nothing is stale", async || shows(&instance.product(STALE).await, "new").then_some(())).await;
-    assert!(server.connections().await <= 3, "{trouble:?}");
+    eventually("no more connections than allowed", async || (server.connections().await <= 3).then_some(())).await;
 }
 
 async fn two_instances_without_redis_agree_by_the_feed(engine: Engine) {
@@ -173,8 +170,8 @@ async fn a_change_that_one_instance_has_told_is_not_told_by_all(engine: Engine) 
         }
     }
     let told = notices().await - before;
-    // Two that look at the same time both tell it.
-    assert!((CHANGES..=CHANGES * 3).contains(&told), "{CHANGES} changes were told {told} times");
+    // Those that look at the same time all tell it.
+    assert!((CHANGES..CHANGES * INSTANCES).contains(&told), "{CHANGES} changes were told {told} times");
 
     // What another server's position would be.
     redis.command(&["SET", "{product-cache}:feed", "nonsense"]).await;

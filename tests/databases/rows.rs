@@ -188,17 +188,17 @@ async fn no_more_connections_than_the_bound(engine: Engine) {
 
 async fn a_hung_query_ends_here_and_on_the_server(engine: Engine) {
     let server = DatabaseServer::start(engine).await;
-    let settings = [("CACHE_HARD_TIMEOUT_MS", "300"), ("DATABASE_MAX_CONNECTIONS", "3"), ("FEED_INTERVAL_MS", "0")];
+    let settings = [("CACHE_HARD_TIMEOUT_MS", "1500"), ("DATABASE_MAX_CONNECTIONS", "3"), ("FEED_INTERVAL_MS", "0")];
     let database = database(&server.url(), &settings);
     let mut owner = server.session().await;
     owner.sql(hold(engine).0).await;
-    for _ in 0..6 {
+    for _ in 0..4 {
         let error = name_of(&database, 680).await.expect_err("nobody can read");
-        assert!(error.contains("no answer within 300 ms"), "{error}");
+        assert!(error.contains("no answer within 1500 ms"), "{error}");
     }
     eventually("the server gives the queries up", async || (server.connections().await == 0).then_some(())).await;
     owner.sql(hold(engine).1).await;
-    assert!(name_of(&database, 680).await.is_ok());
+    eventually("rows can be read again", async || name_of(&database, 680).await.ok()).await;
 }
 
 async fn a_row_is_one_round_trip_and_so_is_a_batch(engine: Engine) {
